@@ -1,0 +1,70 @@
+"""Seeds, quiet logs, Hypothesis settings and the shared data, for every test."""
+
+import os
+
+# before anything imports Keras or TensorFlow
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # other rounding from run to run of the same model
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import hypothesis
+import numpy as np
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Warnings are errors (pyproject.toml), but for these, which are not ours to mend.
+FOREIGN_WARNINGS = (
+    # keras/src/backend/tensorflow/core.py calls np.array(variable) while saving; TensorFlow's variables lack `copy`
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the exceptions after the rule, where pytest lets the last one win."""
+    for line in FOREIGN_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+hypothesis.settings.register_profile(
+    "updp",
+    deadline=None,  # the first example pays for imports
+    derandomize=True,  # the same examples on every machine
+    database=None,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("updp")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random state; Keras is seeded where it is loaded."""
+    random.seed(0)
+    np.random.seed(0)
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights beside the repository; tests that ask for it are skipped without."""
+    if not (SHARED_DATA / "load.py").is_file():
+        pytest.skip(f"needs the real images and weights, which are not in {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def shared_loader(shared_data: Path) -> ModuleType:
+    """The module `load.py` of that folder: arrays and Keras models. Imports Keras."""
+    spec = importlib.util.spec_from_file_location("shared_data_load", shared_data / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

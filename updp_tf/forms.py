@@ -1,0 +1,431 @@
+"""The forms a block can take: what each costs, when it refuses, how it is fitted, which layers it becomes.
+
+Forms are free of Keras: they speak of arrays and of `LayerSpec`. `merging` builds the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from updp_tf import affine
+from updp_tf.affine import AffineConv
+from updp_tf.errors import FormError, ShapeError
+from updp_tf.fit import Centred, Samples, Window
+from updp_tf.structure import Block, Cost, LayerSpec, Refusal
+
+SkipMode = Literal["kept", "folded"]
+Evidence = Literal["moments", "samples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Linear maps that replace a block's body.
+
+    Attributes:
+        maps: applied in order; empty means that nothing is left of the body.
+        keeps_skip: the block's own skip is added to them, by the Add that was there.
+        r2: explained part of the block's output, skip included; None where no image told it.
+        dropped: part of the kernel's energy that was cropped away (starts without images only).
+    """
+
+    maps: tuple[AffineConv, ...]
+    keeps_skip: bool
+    r2: float | None = None
+    dropped: float = 0.0
+
+
+def fitted_to_arrays(fitted: Fitted) -> dict[str, np.ndarray]:
+    """Return fitted maps as named arrays; `fitted_from_arrays` reads them back."""
+    arrays = {"keeps_skip": np.array(fitted.keeps_skip)}
+    for index, one in enumerate(fitted.maps):
+        arrays[f"{index}/kernel"] = one.kernel
+        arrays[f"{index}/bias"] = one.bias
+        arrays[f"{index}/geometry"] = np.array([*one.strides, *one.dilation_rate, one.groups, *one.padding])
+    return arrays
+
+
+def fitted_from_arrays(arrays: Mapping[str, np.ndarray], *, r2: float | None) -> Fitted:
+    """Return the maps that `fitted_to_arrays` wrote."""
+    maps: list[AffineConv] = []
+    while f"{len(maps)}/kernel" in arrays:
+        part = f"{len(maps)}"
+        geometry = [int(value) for value in arrays[f"{part}/geometry"]]
+        maps.append(
+            AffineConv(
+                arrays[f"{part}/kernel"],
+                arrays[f"{part}/bias"],
+                strides=(geometry[0], geometry[1]),
+                dilation_rate=(geometry[2], geometry[3]),
+                groups=geometry[4],
+                padding=(geometry[5], geometry[6], geometry[7], geometry[8]),
+            )
+        )
+    return Fitted(tuple(maps), bool(arrays["keeps_skip"]), r2)
+
+
+@runtime_checkable
+class Form(Protocol):
+    """A form: a frozen value with a name. Register your own with `register_form`."""
+
+    @property
+    def name(self) -> str:
+        """Unique name, as plans and tables show it."""
+
+    def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
+        """Why the block cannot take this form, or None."""
+
+    def cost(self, block: Block, *, skip: SkipMode) -> Cost:
+        """What the form costs in the block's place, a kept projection included."""
+
+    def window(self, block: Block) -> Window | None:
+        """The input pixels that it reads for an output pixel, or None if it needs no fit."""
+
+    @property
+    def evidence(self) -> Evidence:
+        """What it is fitted to: `moments` for a linear regression, `samples` for everything else."""
+
+    def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
+        """Fit by least squares to moments or samples of the form's own window."""
+
+    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+        """Take over a linear map of the body that was found without images."""
+
+
+def window_of_size(block: Block, kernel_size: int) -> Window | None:
+    """Return the window of a k x k kernel that is centred where the block's composed kernel is.
+
+    Taking taps away from both sides of the composed kernel takes as much from its padding, so that outputs keep
+    their number and place at every image size. None where that would need negative padding.
+    """
+    if block.geometry is None:
+        return None
+    pads: list[int] = []
+    for axis in (0, 1):
+        surplus = block.geometry.kernel_size[axis] - kernel_size
+        before = block.geometry.padding[2 * axis] - surplus // 2
+        after = block.geometry.padding[2 * axis + 1] - (surplus - surplus // 2)
+        size, written = block.entry_size[axis], block.exit_size[axis]
+        if before < 0 or after < 0:
+            if size is None or written is None:
+                return None
+            before, after = max(before, 0), max(after, 0)
+            if (size + before + after - kernel_size) // block.geometry.strides[axis] + 1 != written:
+                return None
+        pads += [before, after]
+    return Window((kernel_size, kernel_size), block.geometry.strides, (pads[0], pads[1], pads[2], pads[3]))
+
+
+def _refuse_geometry(block: Block, name: str, kernel_size: int) -> Refusal | None:
+    if block.geometry is None:
+        reason = block.linear_refusal.reason if block.linear_refusal else "it has no linear map"
+        return Refusal(block.name, name, reason)
+    if window_of_size(block, kernel_size) is None:
+        return Refusal(
+            block.name, name, f"a {kernel_size}x{kernel_size} kernel would need negative padding to stay aligned"
+        )
+    return None
+
+
+def _positions(block: Block) -> int:
+    height, width = block.exit_size
+    return (height or 1) * (width or 1)
+
+
+def _cost(block: Block, weights: int, biases: int, inner_bytes: int, *, keeps_skip: bool) -> Cost:
+    exit_bytes = 4 * _positions(block) * block.c_out
+    kept = block.skip_cost if keeps_skip else Cost()
+    return Cost(
+        macs=weights * _positions(block) + kept.macs,
+        params=weights + biases + kept.params,
+        activation_bytes=block.live_bytes + inner_bytes + exit_bytes * (2 if keeps_skip and block.skip_nodes else 1),
+    )
+
+
+def explained_by(block: Block, fitted: Fitted, evidence: Centred | Samples) -> float | None:
+    """Return R^2 of fitted maps on images that were not used to fit them, None where the window does not tell."""
+    window = evidence.window
+    if fitted.keeps_skip and block.skip is not None and window.skip_tap is None:
+        return None
+    skip = block.skip if fitted.keeps_skip else None
+    if isinstance(evidence, Centred):
+        weights = evidence.weights_of(skip)
+        bias = np.zeros(evidence.c_out) if skip is None else skip.bias
+        for one in fitted.maps:
+            weights, bias = weights + evidence.weights_of(one), bias + one.bias
+        return evidence.explained(weights, bias)
+    depthwise, pointwise = fitted.maps
+    taps = depthwise.kernel.reshape(window.n_taps, -1).astype("float32")
+    features = np.einsum("ntc,tc->nc", evidence.patches, taps)
+    predicted = features @ pointwise.kernel[0, 0] + pointwise.bias
+    return evidence.explained(predicted if skip is None else predicted + evidence.skip(skip))
+
+
+def _as_skip(block: Block, moments: Centred) -> np.ndarray | None:
+    """The skip as weights, or None where there is none or its pixel lies outside the window."""
+    if block.skip is None or moments.window.skip_tap is None:
+        return None
+    return moments.weights_of(block.skip)
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """One dense k x k convolution; the skip is folded into it or kept as an Add."""
+
+    kernel_size: int
+
+    @property
+    def name(self) -> str:
+        """`conv` and the kernel size."""
+        return f"conv{self.kernel_size}"
+
+    def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
+        """Refuse where the kernel cannot be aligned, or where the skip's pixel lies outside it."""
+        refusal = _refuse_geometry(block, self.name, self.kernel_size)
+        if refusal is not None or block.skip is None:
+            return refusal
+        window = self.window(block)
+        if window is None or window.skip_tap is None:
+            return Refusal(block.name, self.name, "the pixel that the skip reads lies outside its kernel")
+        if block.skip.strides != window.strides:
+            return Refusal(block.name, self.name, f"its skip has strides {block.skip.strides}, not {window.strides}")
+        return None
+
+    def cost(self, block: Block, *, skip: SkipMode) -> Cost:
+        """K * k * c_in * c_out weights and a bias."""
+        weights = self.kernel_size**2 * block.c_in * block.c_out
+        return _cost(block, weights, block.c_out, 0, keeps_skip=skip == "kept" and block.skip is not None)
+
+    def window(self, block: Block) -> Window | None:
+        """The kernel's own window."""
+        return window_of_size(block, self.kernel_size)
+
+    @property
+    def evidence(self) -> Evidence:
+        """Moments."""
+        return "moments"
+
+    def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
+        """Ridge regression of the output on patches, drawn towards the skip."""
+        moments = _moments(evidence, self.name)
+        prior = _as_skip(block, moments)
+        weights = moments.ridge_regression(prior=prior, ridge=ridge)
+        keeps_skip = skip == "kept" and prior is not None
+        body = weights - prior if keeps_skip and prior is not None else weights
+        bias = moments.bias_of(weights)
+        if keeps_skip and block.skip is not None:
+            bias = bias - block.skip.bias
+        fitted = _as_map(moments.window, body, bias)
+        return Fitted((fitted,), keeps_skip, moments.explained(weights))
+
+    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+        """Compose the maps, padding moved to the front, and crop the kernel to k."""
+        geometry = affine.composed_geometry(maps)
+        if min(geometry.kernel_size) < self.kernel_size:
+            return Refusal(block.name, self.name, f"its own kernel is {geometry.kernel_size}, smaller than the form")
+        composed = affine.regroup(affine.compose_all(affine.move_padding_to_front(maps)), 1)
+        try:
+            cropped, dropped = affine.crop_kernel(composed, (self.kernel_size, self.kernel_size))
+        except ShapeError as error:
+            return Refusal(block.name, self.name, str(error))
+        keeps_skip = skip == "kept" and block.skip is not None
+        if block.skip is not None and not keeps_skip:
+            cropped = fold_skip(cropped, block.skip)
+        return Fitted((cropped,), keeps_skip, None, dropped)
+
+
+@dataclass(frozen=True)
+class SeparableForm:
+    """A depthwise k x k and a pointwise convolution; a skip stays as an Add."""
+
+    kernel_size: int
+
+    @property
+    def name(self) -> str:
+        """`separable` and the kernel size."""
+        return f"separable{self.kernel_size}"
+
+    def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
+        """Refuse where the kernel cannot be aligned."""
+        refusal = _refuse_geometry(block, self.name, self.kernel_size)
+        if refusal is not None or block.skip is None:
+            return refusal
+        window = self.window(block)
+        if window is None or window.skip_tap is None:
+            return Refusal(block.name, self.name, "the pixel that the skip reads lies outside its kernel")
+        return None
+
+    def cost(self, block: Block, *, skip: SkipMode) -> Cost:
+        """K * k * c_in depthwise and c_in * c_out pointwise weights, and a bias."""
+        weights = self.kernel_size**2 * block.c_in + block.c_in * block.c_out
+        inner = 4 * _positions(block) * block.c_in
+        return _cost(block, weights, block.c_out, inner, keeps_skip=block.skip is not None)
+
+    def window(self, block: Block) -> Window | None:
+        """The depthwise kernel's window."""
+        return window_of_size(block, self.kernel_size)
+
+    @property
+    def evidence(self) -> Evidence:
+        """Samples: the fit is bilinear."""
+        return "samples"
+
+    def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
+        """Alternating least squares of (output - skip) on depthwise patches."""
+        if not isinstance(evidence, Samples):
+            raise FormError(f"'{self.name}' is fitted to images: give calibration images.")
+        skipped = 0.0 if block.skip is None else evidence.skip(block.skip)
+        depthwise, pointwise, bias = evidence.fit_depthwise_pointwise(evidence.outputs - skipped, ridge=ridge)
+        window = evidence.window
+        first = affine.from_depthwise(
+            depthwise.reshape(*window.kernel_size, -1, 1),
+            np.zeros(depthwise.shape[1]),
+            strides=window.strides,
+            padding=window.padding,
+        )
+        fitted = Fitted((first, AffineConv(pointwise[None, None], bias)), block.skip is not None)
+        return replace(fitted, r2=explained_by(block, fitted, evidence))
+
+    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+        """Refused: a separable map is not what a block's own layers compose to."""
+        return Refusal(block.name, self.name, "needs calibration images: it is only fitted")
+
+
+@dataclass(frozen=True)
+class RemoveForm:
+    """Nothing: only the block's own skip is left."""
+
+    name: str = "remove"
+
+    def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
+        """Refuse a block without a skip."""
+        if block.skip is None:
+            return Refusal(block.name, self.name, "it has no skip that could stay")
+        return None
+
+    def cost(self, block: Block, *, skip: SkipMode) -> Cost:
+        """What the projection costs; nothing for an identity."""
+        return Cost(block.skip_cost.macs, block.skip_cost.params, block.live_bytes)
+
+    def window(self, block: Block) -> Window | None:
+        """A 1x1 window where it can be had, so that R^2 can be told."""
+        return window_of_size(block, 1)
+
+    @property
+    def evidence(self) -> Evidence:
+        """Moments."""
+        return "moments"
+
+    def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
+        """Measure what the skip alone explains."""
+        nothing = Fitted((), keeps_skip=True)
+        return nothing if evidence is None else replace(nothing, r2=explained_by(block, nothing, evidence))
+
+    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+        """Nothing is taken over; without images nobody knows what it costs."""
+        return Refusal(block.name, self.name, "needs calibration images: nothing else tells what the block does")
+
+
+def _moments(evidence: Centred | Samples | None, name: str) -> Centred:
+    if not isinstance(evidence, Centred):
+        raise FormError(f"'{name}' is fitted to images: give calibration images.")
+    return evidence
+
+
+def _as_map(window: Window, weights: np.ndarray, bias: np.ndarray) -> AffineConv:
+    kernel = weights.reshape(*window.kernel_size, -1, weights.shape[-1])
+    return AffineConv(kernel, bias, strides=window.strides, padding=window.padding)
+
+
+def fold_skip(map: AffineConv, skip: AffineConv) -> AffineConv:
+    """Return `map(x) + skip(x)` as one map."""
+    is_identity = skip.strides == (1, 1) and skip.groups == skip.c_in == skip.c_out
+    if is_identity and np.all(skip.kernel == 1) and not np.any(skip.bias):
+        return affine.add_identity_skip(map)
+    return affine.add_projection_skip(map, affine.regroup(skip, 1))
+
+
+_registry: dict[str, Form] = {}
+
+
+def register_form(form: Form) -> Form:
+    """Add a form, so that `prune` and `search` consider it.
+
+    Raises:
+        FormError: it lacks a method of `Form`, or its name is taken.
+    """
+    if not isinstance(form, Form):
+        raise FormError(f"{form!r} lacks a method of `updp_tf.forms.Form`.")
+    if form.name in _registry:
+        raise FormError(f"A form named '{form.name}' is registered already; choose another name.")
+    _registry[form.name] = form
+    return form
+
+
+def all_forms() -> tuple[Form, ...]:
+    """The registered forms, built-ins first."""
+    return tuple(_registry.values())
+
+
+def form_by_name(name: str) -> Form:
+    """Return a registered form.
+
+    Raises:
+        FormError: no form has that name.
+    """
+    if name not in _registry:
+        raise FormError(f"No form is named '{name}'; the forms are: {', '.join(_registry)}.")
+    return _registry[name]
+
+
+BUILT_IN: tuple[Form, ...] = (
+    ConvForm(1),
+    ConvForm(3),
+    ConvForm(5),
+    SeparableForm(3),
+    SeparableForm(5),
+    RemoveForm(),
+)
+for _form in BUILT_IN:
+    register_form(_form)
+
+
+def layer_specs(map: AffineConv, name: str) -> Iterator[LayerSpec]:
+    """Yield the Keras layers of one linear map, as data: padding where the convolution has no word for it, and itself.
+
+    Args:
+        map: any map that Keras can run; strides and dilation over 1 together are written out.
+        name: of the convolution.
+    """
+    if max(map.strides) > 1 and max(map.dilation_rate) > 1:
+        map = affine.write_out_dilation(map)
+    padding = "same" if _is_same(map) else "valid"
+    if padding == "valid" and any(map.padding):
+        top, bottom, left, right = map.padding
+        yield LayerSpec("ZeroPadding2D", {"padding": ((top, bottom), (left, right)), "name": f"{name}_pad"})
+    kernel, bias = map.kernel.astype(np.float32), map.bias.astype(np.float32)
+    config: dict[str, object] = {
+        "kernel_size": map.kernel_size,
+        "strides": map.strides,
+        "dilation_rate": map.dilation_rate,
+        "padding": padding,
+        "name": name,
+    }
+    if map.groups > 1 and map.groups == map.c_in:
+        depthwise = kernel.reshape(*map.kernel_size, map.c_in, -1)
+        config["depth_multiplier"] = depthwise.shape[-1]
+        yield LayerSpec("DepthwiseConv2D", config, (depthwise, bias))
+        return
+    yield LayerSpec("Conv2D", {**config, "filters": map.c_out, "groups": map.groups}, (kernel, bias))
+
+
+def _is_same(map: AffineConv) -> bool:
+    """True if Keras' padding='same' pads exactly this at every image size."""
+    if map.strides != (1, 1):
+        return False
+    extents = [d * (k - 1) for d, k in zip(map.dilation_rate, map.kernel_size, strict=True)]
+    expected = tuple(pad for extent in extents for pad in (extent // 2, extent - extent // 2))
+    return any(expected) and map.padding == expected

@@ -1,0 +1,598 @@
+"""The order of the stages: find blocks, score forms, choose under a budget, merge, verify, report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from updp_tf import searching
+from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared_graph, require_blocks
+from updp_tf.console import shown
+from updp_tf.cost import Budget
+from updp_tf.errors import BudgetError, CalibrationError, PlanError
+from updp_tf.fit import RIDGE
+from updp_tf.forms import Fitted, Form, all_forms, fitted_from_arrays, fitted_to_arrays, form_by_name
+from updp_tf.graph import fingerprint, weights_hash
+from updp_tf.memory import DEFAULT_LIMIT_BYTES, image_batches
+from updp_tf.merging import Choice, Merged, MergedBlock, merge_fitted, merge_in_sequence
+from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
+from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
+from updp_tf.structure import Candidate, Cost, Refusal
+from updp_tf.walking import Progress, default_batch_size
+
+DEFAULT_BUDGET = {"macs": 0.8}
+"""What `prune(model)` aims at where nothing is asked."""
+
+SEARCH_STEPS = 6
+"""Bisections of `max_drop`: the last one moves the budget by about 1 % of the network."""
+
+ScoreFn = Callable[[Any, Any], float]
+"""(outputs of the original, outputs of the pruned model) -> how much was lost, 0 for nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How forms are fitted and merged.
+
+    Attributes:
+        start: `least_squares` needs images; `gaussian` and `identity` take the block's own weights.
+        skip: `auto`, `kept` or `folded`: how dense forms treat a skip.
+        in_sequence: fit from the pruned network's activations, not from the original's.
+        reestimate: renew the norms behind the first edit.
+        refit: refit layers that close kept blocks where held-out images gain by it.
+        ridge: strength of the regressions in mean eigenvalues.
+        seed: of the sampled positions.
+        memory_bytes: activations beyond this go to disk.
+    """
+
+    start: Start = "least_squares"
+    skip: Literal["auto", "kept", "folded"] = "auto"
+    in_sequence: bool = True
+    reestimate: bool = True
+    refit: bool = True
+    ridge: float = RIDGE
+    seed: int = 0
+    memory_bytes: int = DEFAULT_LIMIT_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class PruningReport:
+    """What `prune` did; hangs on the model it returns as `model.pruning`.
+
+    Attributes:
+        plan: the edits.
+        blocks: what became of each merged block.
+        before: cost of the original.
+        after: cost of the pruned model.
+        agreement: part of held-out calibration images on which both give the same class, None where not measured.
+        refitted: kept layers that were refitted, with the ridge that held-out images chose.
+        refusals: what was not possible, and why.
+        error: largest relative error of the built model on probe images.
+        notes: sentences for people.
+    """
+
+    plan: Plan
+    blocks: tuple[MergedBlock, ...]
+    before: Cost
+    after: Cost
+    agreement: float | None
+    refitted: Mapping[str, float]
+    refusals: tuple[Refusal, ...]
+    error: float
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "blocks": [asdict(block) for block in self.blocks],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "agreement": self.agreement,
+            "refitted": dict(self.refitted),
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "error": self.error,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.plan.model}: {len(self.blocks)} blocks merged, "
+            f"MACs {self.before.macs / 1e6:.1f} M -> {self.after.macs / 1e6:.1f} M, "
+            f"parameters {self.before.params:,} -> {self.after.params:,}"
+        ]
+        for block in self.blocks:
+            told = "" if block.r2 is None else f", R2 {block.r2:.3f}"
+            lines.append(
+                f"  {block.name}: {block.form} ({block.kind}{told}), "
+                f"MACs {block.macs_before / 1e6:.2f} M -> {block.macs_after / 1e6:.2f} M"
+            )
+        if self.agreement is not None:
+            lines.append(f"  same class as the original on {100 * self.agreement:.1f} % of held-out calibration images")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+
+def prune(
+    model: Any,
+    *,
+    calibration: Any = None,
+    budget: Mapping[str, float] | None = None,
+    max_drop: Mapping[str, float] | None = None,
+    keep: Iterable[str] = (),
+    forms: Sequence[str] | None = None,
+    score_fn: ScoreFn | None = None,
+    options: Options | None = None,
+    verbose: bool = True,
+) -> Any:
+    """Return a shallower Keras model: blocks merged into single layers, no training.
+
+    Args:
+        model: a trained Functional or Sequential Keras 3 model; it is not changed.
+        calibration: a few hundred unlabelled images as the model reads them: an array, a `tf.data.Dataset`, a
+            `PyDataset` or any iterable of batches. Without them only the blocks' own norms are used.
+        budget: what is kept: `{"macs": 0.7}`, `params`, `activation_bytes` as fractions, `macs_max` and so on as
+            absolute numbers, `{"merged": 5}` for a number of blocks; several hold together. 0.8 of the MACs, or the
+            nearest that can be had, where neither this nor `max_drop` is given.
+        max_drop: the accuracy side: `{"agreement": 0.02}` gives the smallest plan that keeps the class of at least
+            98 % of held-out calibration images; `{"score": x}` the same for `score_fn`.
+        keep: names of blocks never to touch.
+        forms: names of the forms to consider; all registered ones where None.
+        score_fn: for outputs that are no class scores: (original outputs, pruned outputs) -> loss.
+        options: how forms are fitted and merged.
+        verbose: show progress on standard error.
+
+    Returns:
+        A plain Keras model of stock layers, with a `PruningReport` as `model.pruning`.
+
+    Raises:
+        ModelError: the model cannot be read, or has no block that could be pruned.
+        CalibrationError: images that do not fit the model, or none where they are needed.
+        BudgetError: a budget that cannot be met; the message says the nearest that can.
+
+    Example:
+        >>> small = updp_tf.prune(model, calibration=images, budget={"merged": 5})  # doctest: +SKIP
+        >>> print(small.pruning)  # doctest: +SKIP
+    """
+    options = _options(options, calibration)
+    blocks = find_blocks(model)
+    require_blocks(blocks)
+    images = _as_array(blocks, calibration) if calibration is not None else None
+    with shown(verbose) as progress:
+        scores = _score(blocks, images, _budget_unit(budget), keep, forms, options, progress)
+        if max_drop is not None:
+            if budget is not None:
+                raise BudgetError("Give either `budget` or `max_drop`, not both.")
+            solution, merged = _from_accuracy(model, blocks, scores, images, max_drop, score_fn, options, progress)
+            notes: tuple[str, ...] = ()
+        else:
+            solution, note = _solve(blocks, scores, budget)
+            notes = (note,) if note else ()
+            merged = _merge(blocks, _choices(solution.chosen), images, scores, options, progress)
+    plan = _plan(model, blocks, solution.chosen, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
+    agreement = None
+    if images is not None and _gives_classes(model):
+        agreement = 1.0 - _agreement_drop(*_held_out_outputs(model, merged.model, images, options))
+    report = PruningReport(
+        plan=plan,
+        blocks=merged.blocks,
+        before=network_cost(blocks.graph),
+        after=network_cost(prepared_graph(merged.model)),
+        agreement=agreement,
+        refitted=merged.refitted,
+        refusals=(*blocks.skipped, *scores.refusals),
+        error=merged.error,
+        notes=notes,
+    )
+    merged.model.pruning = report
+    return merged.model
+
+
+def search(
+    model: Any,
+    *,
+    calibration: Any = None,
+    budget: Mapping[str, float] | None = None,
+    keep: Iterable[str] = (),
+    forms: Sequence[str] | None = None,
+    options: Options | None = None,
+    path: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    verbose: bool = True,
+) -> Plan:
+    """Return the plan that `prune` would carry out, without merging anything.
+
+    Args:
+        model: as for `prune`.
+        calibration: as for `prune`.
+        budget: as for `prune`.
+        keep: as for `prune`.
+        forms: as for `prune`.
+        options: as for `prune`.
+        path: write the plan there, and the fitted arrays beside it, so that `merge` needs no images.
+        force: replace files that exist.
+        verbose: show progress on standard error.
+
+    Raises:
+        ModelError, CalibrationError, BudgetError: as `prune`.
+        OutputError: the plan cannot be written.
+    """
+    options = _options(options, calibration)
+    blocks = find_blocks(model)
+    require_blocks(blocks)
+    images = _as_array(blocks, calibration) if calibration is not None else None
+    with shown(verbose) as progress:
+        scores = _score(blocks, images, _budget_unit(budget), keep, forms, options, progress)
+    solution, note = _solve(blocks, scores, budget)
+    fitted = {one.blocks[0]: scores.fitted[one.key] for one in solution.chosen}
+    plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET)
+    if note:
+        plan = replace(plan, notes=(note,))
+    if path is not None:
+        plan.save(path, _arrays(plan, fitted), force=force)
+    return plan
+
+
+def merge(
+    model: Any,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    calibration: Any = None,
+    options: Options | None = None,
+    verbose: bool = True,
+) -> Any:
+    """Return the model with a plan applied at once.
+
+    Args:
+        model: the model the plan was made for.
+        plan: a `Plan`, or the path of a saved one, whose arrays are read from beside it.
+        calibration: images to fit to, in sequence; without them the arrays beside the plan are used.
+        options: how forms are fitted and merged; with `start` `gaussian` or `identity` no images are needed.
+        verbose: show progress on standard error.
+
+    Raises:
+        PlanError: the plan is for another model, or it has no arrays and there are no calibration images.
+        MergeError: the merged layers do not compute what they should.
+    """
+    options = _options(options, calibration, default="least_squares")
+    arrays: Mapping[str, np.ndarray] | None = None
+    if not isinstance(plan, Plan):
+        plan, arrays = Plan.load(plan)
+    blocks = find_blocks(model)
+    check_fingerprint(plan, fingerprint(blocks.graph), [node.name for node in blocks.graph])
+    for edit in plan.edits:
+        require_names(edit.blocks, blocks)
+    choices = tuple(Choice(edit.blocks[0], edit.form, edit.options["skip"]) for edit in plan.edits)
+    if not choices:
+        raise PlanError(f"The plan for '{plan.model}' merges nothing.")
+    if calibration is not None:
+        images = _as_array(blocks, calibration)
+        with shown(verbose) as progress:
+            merged = _merge_with_images(blocks, choices, images, options, progress)
+    else:
+        merged = merge_fitted(blocks, choices, _given(blocks, plan, choices, arrays, options), kind=_kind(arrays))
+    return merged.model
+
+
+def _kind(arrays: Mapping[str, np.ndarray] | None) -> str:
+    return "linearized" if arrays is None else "fitted"
+
+
+def _given(
+    blocks: Blocks,
+    plan: Plan,
+    choices: Sequence[Choice],
+    arrays: Mapping[str, np.ndarray] | None,
+    options: Options,
+) -> dict[str, Fitted]:
+    """Return the maps of a plan without images: those beside it, or those of the blocks' own weights."""
+    if arrays is not None:
+        if plan.weights != weights_hash(blocks.graph):
+            raise PlanError(
+                f"The arrays beside the plan were fitted to other weights of '{plan.model}'; give calibration images."
+            )
+        return {edit.blocks[0]: fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
+    if options.start == "least_squares":
+        raise PlanError(
+            "The plan has no fitted arrays beside it: give calibration images, load the plan from its file, or set "
+            "Options(start='gaussian')."
+        )
+    found: dict[str, Fitted] = {}
+    for one in choices:
+        fitted, _ = start_without_images(
+            blocks.graph, blocks[one.block], form_by_name(one.form), one.skip, options.start
+        )
+        if isinstance(fitted, Refusal):
+            raise PlanError(f"'{one.block}' cannot become {one.form} without images: {fitted.reason}.")
+        found[one.block] = fitted
+    return found
+
+
+def _options(options: Options | None, calibration: Any, default: Start = "gaussian") -> Options:
+    if options is None:
+        return Options(start="least_squares" if calibration is not None else default)
+    return options
+
+
+def _budget_unit(budget: Mapping[str, float] | None) -> str:
+    return Budget.parse(budget or DEFAULT_BUDGET).unit
+
+
+def _as_array(blocks: Blocks, calibration: Any) -> np.ndarray:
+    """Return checked images as one float32 array; iterables are read once."""
+    (source,) = blocks.graph.input_refs if len(blocks.graph.input_refs) == 1 else (None,)
+    if source is None:
+        raise CalibrationError(
+            f"'{blocks.graph.name}' has {len(blocks.graph.input_refs)} inputs; calibration works for models with one."
+        )
+    return np.concatenate(list(image_batches(calibration, shape=blocks.graph.shape(source))))
+
+
+def _score(
+    blocks: Blocks,
+    images: np.ndarray | None,
+    unit: str,
+    keep: Iterable[str],
+    forms: Sequence[str] | None,
+    options: Options,
+    progress: Progress | None,
+) -> Scores:
+    keep = tuple(keep)
+    require_names(keep, blocks)
+    wanted: Sequence[Form] = all_forms() if forms is None else [form_by_name(name) for name in forms]
+    if options.start != "least_squares":
+        found = score_without_images(blocks, forms=wanted, skip=options.skip, unit=unit, start=options.start)
+        kept = tuple(one for one in found.candidates if one.blocks[0] not in keep)
+        return replace(found, candidates=kept)
+    if images is None:
+        raise CalibrationError("Least squares needs calibration images; set Options(start='gaussian') to do without.")
+    return score(
+        blocks,
+        images,
+        forms=wanted,
+        keep=keep,
+        skip=options.skip,
+        unit=unit,
+        ridge=options.ridge,
+        seed=options.seed,
+        memory_bytes=options.memory_bytes,
+        progress=progress,
+    )
+
+
+def _solve(
+    blocks: Blocks, scores: Scores, budget: Mapping[str, float] | Budget | None
+) -> tuple[searching.Solution, str | None]:
+    costs, rest = {block.name: block.cost for block in blocks}, _rest(blocks)
+    if budget is None:
+        solution, note = searching.nearest(scores.candidates, blocks=costs, rest=rest, budget=DEFAULT_BUDGET)
+    else:
+        solution, note = searching.solve(scores.candidates, blocks=costs, rest=rest, budget=budget), None
+    if not solution.chosen:
+        raise BudgetError("Nothing has to be merged: the model meets the budget as it is. Ask for a smaller one.")
+    return solution, note
+
+
+def _rest(blocks: Blocks) -> Cost:
+    """Cost of the network outside its blocks."""
+    whole = network_cost(blocks.graph)
+    return Cost(
+        macs=whole.macs - sum(block.cost.macs for block in blocks),
+        params=whole.params - sum(block.cost.params for block in blocks),
+        activation_bytes=_outside_peak(blocks),
+    )
+
+
+def _outside_peak(blocks: Blocks) -> int:
+    """Largest activation bytes while a node outside every block runs."""
+    inside = {name for block in blocks for name in block.nodes}
+    return max((size for name, size in liveness(blocks.graph).total.items() if name not in inside), default=0)
+
+
+def _choices(chosen: Iterable[Candidate]) -> tuple[Choice, ...]:
+    return tuple(Choice(one.blocks[0], one.form, one.options["skip"]) for one in chosen)
+
+
+def _merge(
+    blocks: Blocks,
+    choices: Sequence[Choice],
+    images: np.ndarray | None,
+    scores: Scores,
+    options: Options,
+    progress: Progress | None,
+) -> Merged:
+    if options.start == "least_squares" and images is not None:
+        return _merge_with_images(blocks, choices, images, options, progress)
+    fitted = {one.block: scores.fitted[f"{one.block}={one.form}"] for one in choices}
+    if images is None:
+        return merge_fitted(blocks, choices, fitted, kind="linearized")
+    return _merge_with_images(blocks, choices, images, options, progress, fitted=fitted)
+
+
+def _merge_with_images(
+    blocks: Blocks,
+    choices: Sequence[Choice],
+    images: np.ndarray,
+    options: Options,
+    progress: Progress | None,
+    *,
+    fitted: Mapping[str, Fitted] | None = None,
+) -> Merged:
+    return merge_in_sequence(
+        blocks,
+        choices,
+        images,
+        fitted=fitted,
+        in_sequence=options.in_sequence,
+        reestimate=options.reestimate,
+        refit=options.refit,
+        ridge=options.ridge,
+        seed=options.seed,
+        memory_bytes=options.memory_bytes,
+        progress=progress,
+    )
+
+
+def _from_accuracy(
+    model: Any,
+    blocks: Blocks,
+    scores: Scores,
+    images: np.ndarray | None,
+    max_drop: Mapping[str, float],
+    score_fn: ScoreFn | None,
+    options: Options,
+    progress: Progress | None,
+) -> tuple[searching.Solution, Merged]:
+    """Bisect the MACs budget to the smallest plan whose measured drop is within the bound."""
+    drop_of, bound = _drop_function(model, max_drop, score_fn)
+    if images is None:
+        raise CalibrationError("`max_drop` is measured on held-out calibration images; give calibration images.")
+    if not Sampler(len(images)).holds_out:
+        raise CalibrationError(
+            f"`max_drop` holds a tenth of the images out: {len(images)} are too few, give 20 or more."
+        )
+    smallest, _ = searching.nearest(
+        scores.candidates,
+        blocks={block.name: block.cost for block in blocks},
+        rest=_rest(blocks),
+        budget={"macs_max": 1},
+    )
+    low, high = smallest.cost.macs / network_cost(blocks.graph).macs, 1.0
+    best: tuple[searching.Solution, Merged] | None = None
+    least = float("inf")
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high) / 2
+        try:
+            solution, _ = _solve(blocks, scores, {"macs": middle})
+        except BudgetError:
+            low = middle
+            continue
+        merged = _merge(blocks, _choices(solution.chosen), images, scores, options, progress)
+        drop = drop_of(*_held_out_outputs(model, merged.model, images, options))
+        least = min(least, drop)
+        if drop <= bound:
+            best, high = (solution, merged), middle
+        else:
+            low = middle
+    if best is None:
+        raise BudgetError(f"No plan keeps the drop within {bound}: the least measured is {least:.4f}. Allow more.")
+    return best
+
+
+def _drop_function(model: Any, max_drop: Mapping[str, float], score_fn: ScoreFn | None) -> tuple[ScoreFn, float]:
+    if len(max_drop) != 1 or next(iter(max_drop)) not in ("agreement", "score"):
+        raise BudgetError(
+            f'`max_drop` is {{"agreement": 0.02}}, or {{"score": x}} with a score_fn. Received: {max_drop}'
+        )
+    ((kind, bound),) = max_drop.items()
+    if kind == "score":
+        if score_fn is None:
+            raise BudgetError('`max_drop={"score": ...}` needs a `score_fn`.')
+        return score_fn, float(bound)
+    if not 0 <= float(bound) < 1:
+        raise BudgetError(f"The agreement may drop by a fraction in [0, 1). Received: {bound}")
+    if not _gives_classes(model):
+        raise BudgetError(
+            f"'{model.name}' does not write one row of class scores per image, so agreement means nothing: give a "
+            '`score_fn` and `max_drop={"score": ...}`.'
+        )
+    return _agreement_drop, float(bound)
+
+
+def _gives_classes(model: Any) -> bool:
+    shapes = [tuple(output.shape) for output in model.outputs]
+    return len(shapes) == 1 and len(shapes[0]) == 2 and (shapes[0][1] or 0) >= 2
+
+
+def _agreement_drop(original: Any, pruned: Any) -> float:
+    return float(np.mean(np.argmax(original, axis=-1) != np.argmax(pruned, axis=-1)))
+
+
+def _held_out_outputs(model: Any, pruned: Any, images: np.ndarray, options: Options) -> tuple[Any, Any]:
+    """Outputs of both models on the images that were not fitted to (on all, where none were held out)."""
+    sampler = Sampler(len(images), seed=options.seed)
+    mask = sampler.held_out(slice(0, len(images)))
+    chosen = images[mask] if mask.any() else images
+    size = default_batch_size(prepared_graph(pruned))
+    return _outputs(model, chosen, size), _outputs(pruned, chosen, size)
+
+
+def _outputs(model: Any, images: np.ndarray, batch_size: int) -> Any:
+    parts = [
+        keras.tree.map_structure(keras.ops.convert_to_numpy, model(images[start : start + batch_size], training=False))
+        for start in range(0, len(images), batch_size)
+    ]
+    return keras.tree.map_structure(lambda *pieces: np.concatenate(pieces), *parts)
+
+
+def _plan(
+    model: Any,
+    blocks: Blocks,
+    chosen: Iterable[Candidate],
+    fitted: Mapping[str, Fitted],
+    budget: Mapping[str, float],
+) -> Plan:
+    edits = [
+        Edit(
+            blocks=one.blocks,
+            site=blocks[one.blocks[0]].nodes,
+            form=one.form,
+            options=dict(one.options),
+            score=one.score,
+            r2=fitted[one.blocks[0]].r2,
+            arrays=one.blocks[0],
+        )
+        for one in chosen
+    ]
+    return Plan(
+        fingerprint=fingerprint(blocks.graph),
+        weights=weights_hash(blocks.graph),
+        model=model.name,
+        edits=tuple(edits),
+        budget=dict(budget),
+        versions=_versions(),
+    )
+
+
+def _arrays(plan: Plan, fitted: Mapping[str, Fitted]) -> dict[str, np.ndarray]:
+    return {
+        f"{edit.arrays}/{name}": array
+        for edit in plan.edits
+        for name, array in fitted_to_arrays(fitted[edit.blocks[0]]).items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("updp-tf", "keras", "numpy", "scipy")}
+
+
+def summary(model: Any, small: Any) -> str:
+    """Return a table of two models side by side: layers, MACs, parameters, peak activations.
+
+    Args:
+        model: the original.
+        small: the pruned one; its `pruning` report is printed as well, where it has one.
+    """
+    rows: list[tuple[str, ...]] = [("", "original", "pruned", "ratio")]
+    costs = [network_cost(prepared_graph(one)) for one in (model, small)]
+    depths = [sum(1 for layer in one.layers if len(layer.weights) > 0) for one in (model, small)]
+    for label, values in (
+        ("layers with weights", depths),
+        ("MACs (M)", [cost.macs / 1e6 for cost in costs]),
+        ("parameters", [cost.params for cost in costs]),
+        ("peak activations, float32 (KiB)", [cost.activation_bytes / 1024 for cost in costs]),
+    ):
+        shown_values = [f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        rows.append((label, *shown_values, f"{values[1] / values[0]:.3f}" if values[0] else "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    report = getattr(small, "pruning", None)
+    return "\n".join([*lines, str(report)] if report is not None else lines)

@@ -1,0 +1,172 @@
+"""Refit the linear layer that closes a kept block, so that it repairs what earlier edits changed.
+
+The layer is solved by least squares from the student's inner activations to what the block lacks of the teacher's
+output, drawn towards the kernel it has. How strongly is chosen on held-out images, "not at all" included: a late layer
+that is fitted to few classes forgets the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from updp_tf import affine, rules
+from updp_tf.affine import AffineConv
+from updp_tf.fit import Centred, Moments, Window
+from updp_tf.graph import clone_layer, copy_variables
+from updp_tf.scoring import Sampler
+from updp_tf.structure import Block, Node, Ref, Shape
+from updp_tf.walking import Tensors, Walk
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Strengths that are tried, in mean eigenvalues of the Gram matrix; none at all is tried as well."""
+
+MIN_GAIN = 1e-3
+"""Part of the unexplained variance on held-out images that a refit has to win: less is noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """A kept block's calls with a refitted layer.
+
+    Attributes:
+        nodes: the block's calls.
+        layer: name of the layer that was refitted.
+        ridge: strength that held-out images chose.
+    """
+
+    nodes: tuple[Node, ...]
+    layer: str
+    ridge: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Closing:
+    """The last linear layer of a block's body, the norm behind it, and both as one map."""
+
+    node: Node
+    norm: Node | None
+    map: AffineConv
+
+
+def refit_closing_layer(
+    walk: Walk,
+    block: Block,
+    nodes: Sequence[Node],
+    reads: Sequence[Ref],
+    wanted: np.ndarray,
+    student: Tensors,
+    *,
+    seed: int,
+) -> Refitted | None:
+    """Return the block with its closing layer refitted, or None where held-out images do not gain by it.
+
+    Args:
+        walk: over the calibration images.
+        block: that is kept.
+        nodes: the student's calls of it.
+        reads: tensors the block reads.
+        wanted: the teacher's block output, shape (images, height, width, c_out).
+        student: the student's tensors.
+        seed: of the sampled positions.
+    """
+    sampler = Sampler(walk.n, seed=seed)
+    closing = _closing_layer(walk, block, nodes)
+    if closing is None or not sampler.holds_out:
+        return None
+    window = Window(closing.map.kernel_size, closing.map.strides, closing.map.padding)
+    seen, unseen = (Moments(window, closing.map.c_in, closing.map.c_out) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    refs = (closing.node.inputs[0], Ref(block.body[-1]), block.exit)
+    for part, (inner, body, written) in walk.stream(nodes, reads, refs, student):
+        target = np.asarray(wanted[part]) - (written - body)
+        out = sampler.held_out(part)
+        for moments, mask in ((seen, ~out), (unseen, out)):
+            if mask.any():
+                n = sampler.n_positions(moments.n_unknowns, int(mask.sum()))
+                moments.add(inner[mask], target[mask], n_positions=n, rng=rng)
+    best = _best_ridge(closing.map, seen.centred(), unseen.centred())
+    if best is None:
+        return None
+    ridge, weights, bias = best
+    changed = {node.name: node for node in _with_weights(walk, closing, weights, bias, seen.centred())}
+    return Refitted(tuple(changed.get(node.name, node) for node in nodes), closing.node.name, ridge)
+
+
+def _closing_layer(walk: Walk, block: Block, nodes: Sequence[Node]) -> _Closing | None:
+    by_name = {node.name: node for node in nodes}
+    norm: Node | None = None
+    for name in reversed(block.body):
+        node = by_name[name]
+        if node.kind == "BatchNormalization" and norm is None and node.layer.scale and node.layer.center:
+            norm = node
+        elif node.kind in ("Conv2D", "Dense") and getattr(node.layer, "groups", 1) == 1:
+            return _closing(node, norm, walk.graph.shape(node.inputs[0]))
+        elif not rules.is_passive(node):
+            return None
+    return None
+
+
+def _closing(node: Node, norm_node: Node | None, shape: Shape) -> _Closing | None:
+    try:
+        maps = rules.linear_maps(node, shape)
+        norm = rules.norm(norm_node, node.shapes[0]) if norm_node is not None else None
+    except rules.Unsupported:
+        return None
+    if maps is None or max(maps[0].dilation_rate) > 1:
+        return None
+    one = maps[0] if norm is None else affine.fold_norm_after(maps[0], norm.scale, norm.shift)
+    return _Closing(node, norm_node, one)
+
+
+def _best_ridge(now: AffineConv, seen: Centred, unseen: Centred) -> tuple[float, np.ndarray, np.ndarray] | None:
+    old = now.kernel.reshape(-1, now.c_out)
+    best_residual = (1.0 - unseen.explained(old, now.bias)) * (1.0 - MIN_GAIN)
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    for ridge in RIDGES:
+        weights = seen.ridge_regression(prior=old, ridge=ridge)
+        bias = seen.bias_of(weights)
+        residual = 1.0 - unseen.explained(weights, bias)
+        if residual < best_residual:
+            best_residual, best = residual, (ridge, weights, bias)
+    return best
+
+
+def _with_weights(
+    walk: Walk, closing: _Closing, weights: np.ndarray, bias: np.ndarray, seen: Centred
+) -> tuple[Node, ...]:
+    """Return the layer, and the norm behind it, computing `weights` and `bias`.
+
+    The norm keeps true statistics of what it reads, so that training may go on from here.
+    """
+    node = closing.node
+    kernel = weights.reshape(closing.map.kernel.shape).reshape(node.layer.kernel.shape)
+    if closing.norm is None:
+        return (replace(node, layer=_with_bias(node.layer, kernel, bias, walk.graph.shape(node.inputs[0]))),)
+    layer = clone_layer(node.layer, node.layer.name, input_shape=walk.graph.shape(node.inputs[0]))
+    layer.kernel.assign(kernel)
+    if layer.use_bias:
+        layer.bias.assign(np.zeros(layer.bias.shape))
+    norm = clone_layer(closing.norm.layer, closing.norm.layer.name, input_shape=node.shapes[0])
+    mean = seen.mean_x @ weights
+    variance = np.maximum(np.sum(weights * (seen.gram @ weights), axis=0), 0.0)
+    norm.moving_mean.assign(mean)
+    norm.moving_variance.assign(variance)
+    norm.gamma.assign(np.sqrt(variance + norm.epsilon))
+    norm.beta.assign(bias + mean)
+    return replace(node, layer=layer), replace(closing.norm, layer=norm)
+
+
+def _with_bias(layer: Any, kernel: np.ndarray, bias: np.ndarray, shape: Shape) -> Any:
+    config = layer.get_config()
+    config["use_bias"] = True
+    clone = type(layer).from_config(config)
+    clone.build(shape)
+    if layer.use_bias:
+        copy_variables(layer, clone)
+    clone.kernel.assign(kernel)
+    clone.bias.assign(bias)
+    return clone

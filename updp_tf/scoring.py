@@ -1,0 +1,337 @@
+"""Fit every form of every block in one walk over the images, and score it by what it explains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from updp_tf.blocks import Blocks, read_stages
+from updp_tf.cost import is_dearer
+from updp_tf.errors import CalibrationError, UpdpError
+from updp_tf.fit import (
+    POSITIONS_PER_UNKNOWN,
+    RIDGE,
+    Centred,
+    Moments,
+    Samples,
+    Window,
+    gaussian_start,
+    identity_start,
+)
+from updp_tf.forms import Evidence, Fitted, Form, SkipMode, all_forms, explained_by
+from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
+from updp_tf.structure import Block, Candidate, ModelGraph, Refusal
+from updp_tf.walking import Progress, Walk, units
+
+HOLD_OUT_EVERY = 10
+"""Each tenth calibration image is kept from the fits, to tell R^2 and to choose strengths."""
+
+Start = Literal["least_squares", "gaussian", "identity"]
+
+
+class CalibrationWarning(UserWarning):
+    """The calibration images are too few for some fit; the message says how many it needs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What every form of every block would cost in accuracy.
+
+    Attributes:
+        candidates: in graph order, forms that were fitted.
+        fitted: the fitted maps of each candidate, by `Candidate.key`.
+        refusals: forms that were not fitted, and why.
+    """
+
+    candidates: tuple[Candidate, ...]
+    fitted: Mapping[str, Fitted]
+    refusals: tuple[Refusal, ...]
+
+
+def skip_mode(block: Block, skip: str) -> SkipMode:
+    """Return how a dense form treats a block's skip.
+
+    `auto` keeps an identity (an Add costs next to nothing, and a 1 folded in between weights of a few hundredths
+    costs 3 to 5 dB in int8) and folds a projection (which costs MACs).
+    """
+    if skip == "auto":
+        return "kept" if block.skip_kind == "identity" else "folded"
+    return "kept" if skip == "kept" else "folded"
+
+
+def eligible_forms(
+    block: Block, *, forms: Sequence[Form], skip: str, unit: str
+) -> tuple[list[tuple[Form, SkipMode]], list[Refusal]]:
+    """Return the forms a block can take without getting dearer in the budget's unit, and why not the others."""
+    able: list[tuple[Form, SkipMode]] = []
+    refusals: list[Refusal] = []
+    mode = skip_mode(block, skip)
+    for form in forms:
+        refusal = form.refuses(block, skip=mode)
+        if refusal is None and is_dearer(cost := form.cost(block, skip=mode), block.cost, unit):
+            have, want = getattr(block.cost, unit), getattr(cost, unit)
+            refusal = Refusal(block.name, form.name, f"dearer than the block: {want:,} {unit} against {have:,}")
+        if refusal is None:
+            able.append((form, mode))
+        else:
+            refusals.append(refusal)
+    return able, refusals
+
+
+def candidate(block: Block, form: Form, mode: SkipMode, *, score: float, r2: float | None) -> Candidate:
+    """Return a candidate with its cost and options filled in."""
+    return Candidate((block.name,), form.name, score, form.cost(block, skip=mode), {"skip": mode}, r2)
+
+
+def score_without_images(
+    blocks: Blocks, *, forms: Sequence[Form] | None = None, skip: str = "auto", unit: str = "macs", start: Start
+) -> Scores:
+    """Score forms by what the blocks' own norms tell: the share of each activation that a slope explains.
+
+    Raises:
+        CalibrationError: no block can be scored without images.
+    """
+    candidates: list[Candidate] = []
+    fitted: dict[str, Fitted] = {}
+    refusals: list[Refusal] = []
+    for block in blocks:
+        able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit)
+        refusals += refused
+        for form, mode in able:
+            found, explained = start_without_images(blocks.graph, block, form, mode, start)
+            if isinstance(found, Refusal):
+                refusals.append(found)
+                continue
+            score = 1.0 - explained * (1.0 - found.dropped)
+            one = candidate(block, form, mode, score=score, r2=None)
+            candidates.append(one)
+            fitted[one.key] = found
+    if not candidates:
+        reasons = "; ".join(str(refusal) for refusal in refusals[:3])
+        raise CalibrationError(f"No block can be merged without images: needs calibration images ({reasons}).")
+    return Scores(tuple(candidates), fitted, tuple(refusals))
+
+
+def start_without_images(
+    graph: ModelGraph, block: Block, form: Form, mode: SkipMode, start: Start
+) -> tuple[Fitted | Refusal, float]:
+    """Return a form's maps from the block's own weights, and what share of the activations they explain."""
+    if block.linear_refusal is not None:
+        return replace(block.linear_refusal, rule=form.name), 0.0
+    try:
+        stages = read_stages(graph, block)
+        linear = gaussian_start(stages) if start == "gaussian" else identity_start(stages)
+    except CalibrationError as error:
+        return Refusal(block.name, form.name, str(error)), 0.0
+    found = form.from_maps(block, linear.maps, skip=mode)
+    return found, 1.0 if linear.explained is None else linear.explained
+
+
+def score(
+    blocks: Blocks,
+    images: Any,
+    *,
+    forms: Sequence[Form] | None = None,
+    keep: Iterable[str] = (),
+    skip: str = "auto",
+    unit: str = "macs",
+    ridge: float = RIDGE,
+    seed: int = 0,
+    memory_bytes: int = DEFAULT_LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> Scores:
+    """Fit every form of every block alone, by least squares on images, in one walk.
+
+    The score of a form is 1 - R^2 of the block's output on images that were not used to fit it.
+
+    Args:
+        blocks: of the model.
+        images: calibration data, as `image_batches` reads it.
+        forms: to try; all registered ones where None.
+        keep: names of blocks to leave alone.
+        skip: `auto`, `kept` or `folded`: how dense forms treat a skip.
+        unit: of the budget; forms dearer than their block in it are not fitted.
+        ridge: strength in mean eigenvalues.
+        seed: of the sampled positions.
+        memory_bytes: activations beyond this go to disk.
+        progress: called after each part of the network.
+
+    Returns:
+        `Scores`; deterministic for equal arguments.
+    """
+    kept = set(keep)
+    candidates: list[Candidate] = []
+    fitted: dict[str, Fitted] = {}
+    refusals: list[Refusal] = []
+    short: dict[str, int] = {}
+    with Memory(memory_bytes) as memory:
+        walk = Walk(blocks.graph, images, memory)
+        parts = units(blocks.graph, blocks)
+        tensors = walk.start()
+        last_block = max((i for i, part in enumerate(parts) if part.block is not None), default=-1)
+        for index, part in enumerate(parts[: last_block + 1]):
+            nodes = [blocks.graph.by_name[name] for name in part.nodes]
+            tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+            block = part.block
+            if block is not None and block.name not in kept:
+                able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit)
+                refusals += refused
+                sampler = Sampler(walk.n, seed=seed)
+                fits, missing = fit_forms(
+                    block, able, tensors[block.entry], tensors[block.exit], sampler, ridge=ridge, parts=walk.batches()
+                )
+                if missing:
+                    short[block.name] = missing
+                for form, mode in able:
+                    found = fits[form.name]
+                    r2 = 0.0 if found.r2 is None else found.r2
+                    one = candidate(block, form, mode, score=1.0 - r2, r2=found.r2)
+                    candidates.append(one)
+                    fitted[one.key] = found
+            walk.release(parts[index + 1 :], tensors)
+            if progress is not None:
+                progress(index + 1, last_block + 1, f"score {part.name}")
+    warn_if_short(short, walk.n)
+    return Scores(tuple(candidates), fitted, tuple(refusals))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which images and positions a fit sees: deterministic, a tenth of the images held out."""
+
+    n_images: int
+    seed: int = 0
+
+    @property
+    def holds_out(self) -> bool:
+        """False where there are too few images to spare any."""
+        return self.n_images >= 2 * HOLD_OUT_EVERY
+
+    def held_out(self, part: slice) -> np.ndarray:
+        """Which images of a batch are held out, as a mask."""
+        index = np.arange(part.start, part.stop)
+        return (index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) & self.holds_out
+
+    def n_positions(self, n_unknowns: int, n_batch: int) -> int:
+        """Positions to take from `n_batch` images, so that all images give 20 per unknown."""
+        return -(-POSITIONS_PER_UNKNOWN * n_unknowns * n_batch // self.n_images)
+
+
+def fit_forms(
+    block: Block,
+    able: Sequence[tuple[Form, SkipMode]],
+    x: np.ndarray,
+    y: np.ndarray,
+    sampler: Sampler,
+    *,
+    ridge: float,
+    parts: Iterable[slice],
+) -> tuple[dict[str, Fitted], int]:
+    """Fit forms of one block to (input, output) pairs of all images.
+
+    Args:
+        block: whose forms they are.
+        able: forms it can take.
+        x: block input of the network that is fitted, shape (images, height, width, c_in).
+        y: block output that is wanted, shape (images, out_height, out_width, c_out).
+        sampler: of images and positions.
+        ridge: strength in mean eigenvalues.
+        parts: batches.
+
+    Returns:
+        Fits by form name with R^2 on held-out images, and how many images are needed if there were too few.
+    """
+    windows = {form.name: form.window(block) for form, _ in able}
+    seen_by_kind = gather([(form.evidence, windows[form.name]) for form, _ in able], x, y, sampler, parts)
+    fits: dict[str, Fitted] = {}
+    missing = 0
+    for form, mode in able:
+        window = windows[form.name]
+        if window is None:
+            fits[form.name] = form.fit(block, None, skip=mode, ridge=ridge)
+            continue
+        seen, unseen = seen_by_kind[form.evidence, window]
+        found = form.fit(block, _solvable(seen), skip=mode, ridge=ridge)
+        if unseen.n >= 2:
+            found = replace(found, r2=explained_by(block, found, _solvable(unseen)))
+        fits[form.name] = found
+        if seen.n < seen.n_unknowns:
+            missing = max(missing, -(-seen.n_unknowns * sampler.n_images // seen.n))
+    return fits, missing
+
+
+def _solvable(evidence: Moments | Samples) -> Centred | Samples:
+    return evidence.centred() if isinstance(evidence, Moments) else evidence
+
+
+Pair = tuple[Moments | Samples, Moments | Samples]
+"""The same evidence over the fitted and over the held-out images."""
+
+
+def gather(
+    wanted: Iterable[tuple[Evidence, Window | None]],
+    x: np.ndarray,
+    y: np.ndarray,
+    sampler: Sampler,
+    parts: Iterable[slice],
+) -> dict[tuple[Evidence, Window], Pair]:
+    """Return the evidence that forms ask for, over the fitted and over the held-out images, in one pass.
+
+    The moments of a window inside a larger one are cut out of the larger one's.
+    """
+    keys = sorted({(kind, w) for kind, w in wanted if w is not None}, key=lambda key: -key[1].n_taps)
+    pairs: dict[tuple[Evidence, Window], Pair] = {}
+    source: dict[tuple[Evidence, Window], tuple[Evidence, Window]] = {}
+    for key in keys:
+        kind, window = key
+        larger = [other for other in pairs if kind == other[0] == "moments" and other[1].contains(window)]
+        source[key] = larger[0] if larger else key
+        if not larger:
+            pairs[key] = (_empty(kind, window, x, y), _empty(kind, window, x, y))
+    rng = np.random.default_rng(sampler.seed)
+    for part in parts:
+        out = sampler.held_out(part)
+        for pair in pairs.values():
+            for evidence, mask in zip(pair, (~out, out), strict=True):
+                if mask.any():
+                    n = sampler.n_positions(evidence.n_unknowns, int(mask.sum()))
+                    evidence.add(np.asarray(x[part])[mask], np.asarray(y[part])[mask], n_positions=n, rng=rng)
+    return {key: _cut(pairs[source[key]], key[1]) for key in keys}
+
+
+def _empty(kind: Evidence, window: Window, x: np.ndarray, y: np.ndarray) -> Moments | Samples:
+    if kind == "moments":
+        return Moments(window, x.shape[-1], y.shape[-1])
+    return Samples.empty(window, x.shape[-1], y.shape[-1])
+
+
+def _cut(pair: Pair, window: Window) -> Pair:
+    seen, unseen = pair
+    if isinstance(seen, Moments) and isinstance(unseen, Moments):
+        return seen.crop(window), unseen.crop(window)
+    return pair
+
+
+def warn_if_short(short: Mapping[str, int], n_images: int) -> None:
+    """Warn once about blocks with fewer output positions than unknowns."""
+    if short:
+        warnings.warn(
+            f"{n_images} calibration images give fewer samples (images x output pixels) than unknowns in "
+            f"{len(short)} blocks ({', '.join(list(short)[:3])}{', ...' if len(short) > 3 else ''}); ridge regression "
+            f"fills in. Give at least {max(short.values())} images.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+
+
+def require_names(names: Iterable[str], blocks: Blocks) -> None:
+    """Raise if a name is no block."""
+    for name in names:
+        try:
+            blocks[name]
+        except KeyError as error:
+            raise UpdpError(str(error.args[0])) from error
