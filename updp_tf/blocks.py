@@ -236,6 +236,9 @@ class _Finder:
                 if readers or ref in self._outputs:
                     where = f"by '{readers[0]}'" if readers else "as an output of the model"
                     return refuse("single_exit", f"'{name}' inside it is read outside, {where}")
+        shapes = [self.graph.shape(ref) for ref in join.inputs]
+        if shapes[0] != shapes[1]:
+            return refuse("same_shape", f"it adds tensors of shapes {_size(shapes[0])} and {_size(shapes[1])}")
         if taken := [name for name in members if name in self.claimed]:
             return refuse("nested", f"'{taken[-1]}' inside it belongs to another block")
         first, second = (self._path(ref, entry) for ref in join.inputs)
@@ -276,17 +279,20 @@ class _Finder:
     def _body_and_skip(
         self, first: tuple[str, ...], second: tuple[str, ...], entry: Ref
     ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Tell the body from the skip: the skip is empty, or the shorter path that is a linear projection."""
-        body, skip = (first, second) if len(first) >= len(second) else (second, first)
-        if skip and not self._is_projection(skip, entry):
-            return body, None
-        return body, skip
+        """Tell the body from the skip: the skip is empty, or a linear projection, the shorter path before the longer."""
+        longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
+        for body, skip in ((longer, shorter), (shorter, longer)):
+            if not skip or self._is_projection(skip, entry):
+                return body, skip
+        return longer, None
 
     def _is_projection(self, names: tuple[str, ...], entry: Ref) -> bool:
         try:
             stages = _parse(self.graph, names, entry)
         except _NotLinear:
             return False
+        if not stages:
+            return True  # only calls that do nothing at inference
         if len(stages) != 1 or stages[0].activation is not None:
             return False
         geometry = affine.composed_geometry(stages[0].maps)
@@ -326,8 +332,9 @@ class _Finder:
                 rules.activation(node) is not None
             )
         except rules.Unsupported as error:
-            if node.kind in rules.LINEAR:
-                self.skipped.append(Refusal(node.name, "linear", f"'{node.name}' {error}"))
+            refusal = Refusal(node.name, "linear", f"'{node.name}' {error}")
+            if node.kind in rules.LINEAR and refusal not in self.skipped:
+                self.skipped.append(refusal)
             return False
 
     def _only_reader(self, node: Node) -> Node | None:
@@ -472,6 +479,7 @@ class Liveness:
 
 def liveness(graph: ModelGraph) -> Liveness:
     """Return what is alive while each node of a graph runs."""
+    outputs = set(graph.output_refs)
     writer: dict[Ref, str] = {}
     size: dict[str, int] = {}
     last_use: dict[str, int] = {}
@@ -480,6 +488,7 @@ def liveness(graph: ModelGraph) -> Liveness:
             (rules.is_passive(node) or node.kind in rules.NORMS or node.kind in rules.ACTIVATIONS)
             and len(node.inputs) == 1
             and len(graph.readers[node.inputs[0]]) == 1
+            and node.inputs[0] not in outputs
         )
         for ref in node.inputs:
             last_use[writer[ref]] = index
@@ -502,10 +511,19 @@ def liveness(graph: ModelGraph) -> Liveness:
 
 
 def cost_of(graph: ModelGraph, names: Sequence[str]) -> Cost:
-    """MACs of the calls and parameters of their layers (a shared layer counts once); no activation bytes."""
+    """MACs of the calls and parameters of the layers that only they call; no activation bytes.
+
+    A layer that is called elsewhere too stays in the network whatever becomes of these calls.
+    """
     nodes = [graph.by_name[name] for name in names]
     macs = sum(rules.macs(node, tuple(graph.shape(ref) for ref in node.inputs)) for node in nodes if node.inputs)
-    layers = {id(node.layer): node.layer for node in nodes if hasattr(node.layer, "count_params")}
+    inside = set(names)
+    elsewhere = {id(node.layer) for node in graph if node.name not in inside}
+    layers = {
+        id(node.layer): node.layer
+        for node in nodes
+        if hasattr(node.layer, "count_params") and id(node.layer) not in elsewhere
+    }
     return Cost(macs=macs, params=sum(int(layer.count_params()) for layer in layers.values()))
 
 

@@ -6,7 +6,7 @@ serves every form and every smaller kernel of a block, and their size does not d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +21,9 @@ from updp_tf.structure import Stage
 
 RIDGE = 1e-4
 """Ridge as a fraction of the mean eigenvalue of the centred Gram matrix (METHOD, section 2)."""
+
+ROWS_PER_UPDATE = 4096
+"""Patches that are collected before the Gram matrix is updated with them."""
 
 POSITIONS_PER_UNKNOWN = 20
 """Sampled output positions per unknown of a fit: more changes nothing, fewer shows."""
@@ -58,6 +61,12 @@ class Window:
         return other.strides == self.strides and all(
             0 <= offset[axis] and offset[axis] + other.kernel_size[axis] <= self.kernel_size[axis] for axis in (0, 1)
         )
+
+    def taps_of(self, other: Window) -> np.ndarray:
+        """Numbers of this window's taps that a window inside it has, in its order."""
+        offset = self.offset_of(other)
+        taps = np.arange(self.n_taps).reshape(self.kernel_size)
+        return taps[offset[0] :, offset[1] :][: other.kernel_size[0], : other.kernel_size[1]].ravel()
 
     def offset_of(self, other: Window) -> tuple[int, int]:
         """Tap of this window that the other one's first tap is."""
@@ -129,6 +138,7 @@ class Moments:
         self.sum_x = np.zeros(unknowns)
         self.sum_y = np.zeros(self.c_out)
         self.sum_yy = np.zeros(self.c_out)
+        self._pending: list[np.ndarray] = []
 
     @property
     def n_unknowns(self) -> int:
@@ -150,12 +160,21 @@ class Moments:
         patches, outputs = sample_patches(self.window, x, y, n_positions, rng)
         patches = np.ascontiguousarray(patches.reshape(len(patches), -1), dtype=np.float64)
         outputs = outputs.astype(np.float64)
-        self.gram = scipy.linalg.blas.dsyrk(1.0, patches.T, beta=1.0, c=self.gram, overwrite_c=1)
+        self._pending.append(patches)
+        if sum(len(part) for part in self._pending) >= ROWS_PER_UPDATE:
+            self._update_gram()
         self.cross += patches.T @ outputs
         self.sum_x += patches.sum(axis=0)
         self.sum_y += outputs.sum(axis=0)
         self.sum_yy += np.square(outputs).sum(axis=0)
         self.n += len(outputs)
+
+    def _update_gram(self) -> None:
+        """Add the patches that wait: many small updates would spend their time reading and writing the matrix."""
+        if self._pending:
+            rows = np.concatenate(self._pending)
+            self.gram = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, c=self.gram, overwrite_c=1)
+            self._pending = []
 
     def crop(self, window: Window) -> Moments:
         """Return the moments of a smaller window inside this one.
@@ -167,9 +186,8 @@ class Moments:
             return self
         if not self.window.contains(window):
             raise ShapeError(f"{window} is no part of {self.window}.")
-        offset = self.window.offset_of(window)
-        taps = np.arange(self.window.n_taps).reshape(self.window.kernel_size)
-        kept = taps[offset[0] :, offset[1] :][: window.kernel_size[0], : window.kernel_size[1]].ravel()
+        self._update_gram()
+        kept = self.window.taps_of(window)
         index = (kept[:, None] * self.c_in + np.arange(self.c_in)).ravel()
         part = Moments(window, self.c_in, self.c_out, n=self.n)
         part.gram = np.asfortranarray(self.gram[np.ix_(index, index)])
@@ -181,6 +199,7 @@ class Moments:
         """Return the covariances that the fits solve for."""
         if self.n < 2:
             raise CalibrationError("A fit needs at least 2 output positions; give more calibration images.")
+        self._update_gram()
         gram = np.triu(self.gram)
         gram += np.triu(gram, 1).T
         mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
@@ -274,8 +293,22 @@ class Centred:
         if strength == 0.0:
             change = scipy.linalg.lstsq(self.gram, right, lapack_driver="gelsd")[0]
         else:
-            change = scipy.linalg.solve(self.gram + strength * np.eye(len(self.gram)), right, assume_a="pos")
+            change = solve_positive(self.gram + strength * np.eye(len(self.gram)), right)
         return change if prior is None else prior + change
+
+    def ridge_path(self, *, prior: np.ndarray) -> Callable[[float], np.ndarray]:
+        """Return a function of the ridge that gives `ridge_regression(prior=prior, ridge=ridge)`.
+
+        One eigendecomposition serves all strengths.
+        """
+        values, vectors = scipy.linalg.eigh(self.gram)
+        right = vectors.T @ (self.cross - self.gram @ prior)
+        values = np.maximum(values, 0.0)
+
+        def solve(ridge: float) -> np.ndarray:
+            return prior + vectors @ (right / (values + ridge * self.mean_eigenvalue)[:, None])
+
+        return solve
 
 
 @dataclass
@@ -317,6 +350,12 @@ class Samples:
         self.patches = np.concatenate([self.patches, patches.astype("float32")])
         self.outputs = np.concatenate([self.outputs, outputs.astype(np.float64)])
 
+    def crop(self, window: Window) -> Samples:
+        """Return the same positions as a smaller window inside this one sees them."""
+        if not self.window.contains(window):
+            raise ShapeError(f"{window} is no part of {self.window}.")
+        return Samples(window, self.patches[:, self.window.taps_of(window)], self.outputs)
+
     def skip(self, map: AffineConv) -> np.ndarray:
         """Return what a 1x1 skip writes at the sampled positions, shape (n, c_out)."""
         tap = self.window.skip_tap
@@ -324,6 +363,11 @@ class Samples:
             raise ShapeError(f"The pixel that the skip reads lies outside {self.window}.")
         pixel = self.patches[:, tap[0] * self.window.kernel_size[1] + tap[1]].astype(np.float64)
         return pixel @ affine.regroup(map, 1).kernel[0, 0] + map.bias
+
+    def convolve(self, map: AffineConv) -> np.ndarray:
+        """Return what a convolution with this window's taps writes at the sampled positions, shape (n, c_out)."""
+        kernel = affine.regroup(map, 1).kernel.reshape(-1, map.c_out)
+        return self.patches.reshape(self.n, -1) @ kernel.astype("float32") + map.bias
 
     def fit_depthwise_pointwise(
         self, target: np.ndarray, *, ridge: float = RIDGE, n_rounds: int = 3, n_steps: int = 8
@@ -369,7 +413,12 @@ def _ridge(features: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
     """Ridge regression of centred `y` on centred features, both (n, channels); a dead feature gets weight 0."""
     gram = (features.T @ features).astype(np.float64)
     gram += (ridge * np.trace(gram) / len(gram) + np.finfo("float32").tiny) * np.eye(len(gram))
-    return scipy.linalg.solve(gram, (features.T @ y).astype(np.float64), assume_a="pos").astype("float32")
+    return solve_positive(gram, (features.T @ y).astype(np.float64)).astype("float32")
+
+
+def solve_positive(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve a symmetric positive definite system: Cholesky alone, without the condition estimate of `solve`."""
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True), right)
 
 
 def _depthwise_step(

@@ -30,17 +30,22 @@ class Fitted:
         keeps_skip: the block's own skip is added to them, by the Add that was there.
         r2: explained part of the block's output, skip included; None where no image told it.
         dropped: part of the kernel's energy that was cropped away (starts without images only).
+        border: constant map of shape (height, width, channels) that is added after them, or None: what the block's
+            inner biases, which its own padding never sees, leave out at the border.
     """
 
     maps: tuple[AffineConv, ...]
     keeps_skip: bool
     r2: float | None = None
     dropped: float = 0.0
+    border: np.ndarray | None = None
 
 
 def fitted_to_arrays(fitted: Fitted) -> dict[str, np.ndarray]:
     """Return fitted maps as named arrays; `fitted_from_arrays` reads them back."""
     arrays = {"keeps_skip": np.array(fitted.keeps_skip)}
+    if fitted.border is not None:
+        arrays["border"] = fitted.border
     for index, one in enumerate(fitted.maps):
         arrays[f"{index}/kernel"] = one.kernel
         arrays[f"{index}/bias"] = one.bias
@@ -64,7 +69,7 @@ def fitted_from_arrays(arrays: Mapping[str, np.ndarray], *, r2: float | None) ->
                 padding=(geometry[5], geometry[6], geometry[7], geometry[8]),
             )
         )
-    return Fitted(tuple(maps), bool(arrays["keeps_skip"]), r2)
+    return Fitted(tuple(maps), bool(arrays["keeps_skip"]), r2, border=arrays.get("border"))
 
 
 @runtime_checkable
@@ -91,8 +96,10 @@ class Form(Protocol):
     def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
         """Fit by least squares to moments or samples of the form's own window."""
 
-    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
-        """Take over a linear map of the body that was found without images."""
+    def from_maps(
+        self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
+    ) -> Fitted | Refusal:
+        """Take over a linear map of the body that was found without images, border pixels too where asked."""
 
 
 def window_of_size(block: Block, kernel_size: int) -> Window | None:
@@ -145,23 +152,21 @@ def _cost(block: Block, weights: int, biases: int, inner_bytes: int, *, keeps_sk
     )
 
 
-def explained_by(block: Block, fitted: Fitted, evidence: Centred | Samples) -> float | None:
-    """Return R^2 of fitted maps on images that were not used to fit them, None where the window does not tell."""
-    window = evidence.window
-    if fitted.keeps_skip and block.skip is not None and window.skip_tap is None:
+def explained_by(block: Block, fitted: Fitted, samples: Samples) -> float | None:
+    """Return R^2 of fitted maps on samples of their window, None where the window does not show the kept skip."""
+    if fitted.keeps_skip and block.skip is not None and samples.window.skip_tap is None:
         return None
-    skip = block.skip if fitted.keeps_skip else None
-    if isinstance(evidence, Centred):
-        weights = evidence.weights_of(skip)
-        bias = np.zeros(evidence.c_out) if skip is None else skip.bias
-        for one in fitted.maps:
-            weights, bias = weights + evidence.weights_of(one), bias + one.bias
-        return evidence.explained(weights, bias)
-    depthwise, pointwise = fitted.maps
-    taps = depthwise.kernel.reshape(window.n_taps, -1).astype("float32")
-    features = np.einsum("ntc,tc->nc", evidence.patches, taps)
-    predicted = features @ pointwise.kernel[0, 0] + pointwise.bias
-    return evidence.explained(predicted if skip is None else predicted + evidence.skip(skip))
+    predicted = np.zeros_like(samples.outputs)
+    if fitted.keeps_skip and block.skip is not None:
+        predicted += samples.skip(block.skip)
+    if len(fitted.maps) == 1:
+        predicted += samples.convolve(fitted.maps[0])
+    elif fitted.maps:
+        depthwise, pointwise = fitted.maps
+        taps = depthwise.kernel.reshape(samples.window.n_taps, -1).astype("float32")
+        features = np.einsum("ntc,tc->nc", samples.patches, taps)
+        predicted += features @ pointwise.kernel[0, 0] + pointwise.bias
+    return samples.explained(predicted)
 
 
 def _as_skip(block: Block, moments: Centred) -> np.ndarray | None:
@@ -221,20 +226,40 @@ class ConvForm:
         fitted = _as_map(moments.window, body, bias)
         return Fitted((fitted,), keeps_skip, moments.explained(weights))
 
-    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
-        """Compose the maps, padding moved to the front, and crop the kernel to k."""
+    def from_maps(
+        self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
+    ) -> Fitted | Refusal:
+        """Compose the maps, padding moved to the front, and crop the kernel to k.
+
+        With `exact_border` the maps are composed as they are: a constant map makes up for the inner biases that their
+        own padding never sees. That needs a fixed size, a kernel that is not cropped, and 1x1 maps before the padding.
+        """
         geometry = affine.composed_geometry(maps)
         if min(geometry.kernel_size) < self.kernel_size:
             return Refusal(block.name, self.name, f"its own kernel is {geometry.kernel_size}, smaller than the form")
-        composed = affine.regroup(affine.compose_all(affine.move_padding_to_front(maps)), 1)
+        border: np.ndarray | None = None
+        dropped = 0.0
         try:
-            cropped, dropped = affine.crop_kernel(composed, (self.kernel_size, self.kernel_size))
+            if exact_border:
+                cropped, border = self._with_border(block, maps)
+            else:
+                composed = affine.regroup(affine.compose_all(affine.move_padding_to_front(maps)), 1)
+                cropped, dropped = affine.crop_kernel(composed, (self.kernel_size, self.kernel_size))
         except ShapeError as error:
             return Refusal(block.name, self.name, str(error))
         keeps_skip = skip == "kept" and block.skip is not None
         if block.skip is not None and not keeps_skip:
             cropped = fold_skip(cropped, block.skip)
-        return Fitted((cropped,), keeps_skip, None, dropped)
+        return Fitted((cropped,), keeps_skip, None, dropped, border)
+
+    def _with_border(self, block: Block, maps: Sequence[AffineConv]) -> tuple[AffineConv, np.ndarray]:
+        height, width = block.entry_size
+        if height is None or width is None:
+            raise ShapeError("an exact border needs a fixed size; the block's is dynamic")
+        composed, border = affine.compose_with_border_map(maps, height, width)
+        if composed.kernel_size != (self.kernel_size, self.kernel_size):
+            raise ShapeError(f"an exact border needs the composed kernel {composed.kernel_size}, uncropped")
+        return affine.regroup(composed, 1), border
 
 
 @dataclass(frozen=True)
@@ -289,7 +314,9 @@ class SeparableForm:
         fitted = Fitted((first, AffineConv(pointwise[None, None], bias)), block.skip is not None)
         return replace(fitted, r2=explained_by(block, fitted, evidence))
 
-    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+    def from_maps(
+        self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
+    ) -> Fitted | Refusal:
         """Refused: a separable map is not what a block's own layers compose to."""
         return Refusal(block.name, self.name, "needs calibration images: it is only fitted")
 
@@ -316,15 +343,16 @@ class RemoveForm:
 
     @property
     def evidence(self) -> Evidence:
-        """Moments."""
-        return "moments"
+        """Samples: they tell what the skip alone explains."""
+        return "samples"
 
     def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
-        """Measure what the skip alone explains."""
-        nothing = Fitted((), keeps_skip=True)
-        return nothing if evidence is None else replace(nothing, r2=explained_by(block, nothing, evidence))
+        """There is nothing to fit."""
+        return Fitted((), keeps_skip=True)
 
-    def from_maps(self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode) -> Fitted | Refusal:
+    def from_maps(
+        self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
+    ) -> Fitted | Refusal:
         """Nothing is taken over; without images nobody knows what it costs."""
         return Refusal(block.name, self.name, "needs calibration images: nothing else tells what the block does")
 
@@ -348,6 +376,15 @@ def fold_skip(map: AffineConv, skip: AffineConv) -> AffineConv:
     return affine.add_projection_skip(map, affine.regroup(skip, 1))
 
 
+def explains_all_of(larger: Form, smaller: Form) -> bool:
+    """True if every map of the smaller form is one of the larger's too, so that its fit cannot be better."""
+    if not isinstance(larger, ConvForm) or larger == smaller:
+        return False
+    if isinstance(smaller, ConvForm | SeparableForm):
+        return smaller.kernel_size <= larger.kernel_size
+    return isinstance(smaller, RemoveForm)
+
+
 _registry: dict[str, Form] = {}
 
 
@@ -355,10 +392,10 @@ def register_form(form: Form) -> Form:
     """Add a form, so that `prune` and `search` consider it.
 
     Raises:
-        FormError: it lacks a method of `Form`, or its name is taken.
+        FormError: it is no value with the methods of `Form`, or its name is taken.
     """
-    if not isinstance(form, Form):
-        raise FormError(f"{form!r} lacks a method of `updp_tf.forms.Form`.")
+    if isinstance(form, type) or not isinstance(form, Form):
+        raise FormError(f"{form!r} is a class, or lacks a method of `updp_tf.forms.Form`.")
     if form.name in _registry:
         raise FormError(f"A form named '{form.name}' is registered already; choose another name.")
     _registry[form.name] = form
@@ -417,6 +454,9 @@ def layer_specs(map: AffineConv, name: str) -> Iterator[LayerSpec]:
     if map.groups > 1 and map.groups == map.c_in:
         depthwise = kernel.reshape(*map.kernel_size, map.c_in, -1)
         config["depth_multiplier"] = depthwise.shape[-1]
+        if not bias.any():  # the pointwise layer behind it has one
+            yield LayerSpec("DepthwiseConv2D", {**config, "use_bias": False}, (depthwise,))
+            return
         yield LayerSpec("DepthwiseConv2D", config, (depthwise, bias))
         return
     yield LayerSpec("Conv2D", {**config, "filters": map.c_out, "groups": map.groups}, (kernel, bias))

@@ -164,7 +164,7 @@ def _layer_name(node: Node, taken: set[str]) -> str:
 
 def _clone(layer: Any, name: str) -> Any:
     config = layer.get_config()
-    if isinstance(layer, keras.layers.Layer):
+    if "name" in config:  # some operations take none
         config["name"] = name
     return type(layer).from_config(config)
 
@@ -200,22 +200,28 @@ def _store(values: MutableMapping[Ref, Any], node: Node, result: Any) -> None:
 def run_nodes(nodes: Iterable[Node], values: MutableMapping[Ref, Any]) -> None:
     """Run calls eagerly in inference mode, reading tensors from `values` and adding the results to it.
 
-    The layers of the nodes themselves are run, on arrays: this records nothing on them.
+    The layers of the nodes themselves are run, on arrays: this records nothing on them. A recorded `training=True` is
+    overruled, as `model(x, training=False)` and `model.predict` do.
     """
     for node in nodes:
-        if not node.is_input:
-            _store(values, node, _call(node.layer, node, values))
+        if node.is_input:
+            continue
+        if node.kwargs.get("training"):
+            node = replace(node, kwargs={**node.kwargs, "training": False})
+        _store(values, node, _call(node.layer, node, values))
 
 
 def split_activations(graph: ModelGraph, *, kinds: Iterable[str]) -> ModelGraph:
     """Return the graph with the activation of each layer of `kinds` as a call of its own.
 
     Blocks end before an activation, so a layer that applies one itself has to be two calls. Layers that write an
-    output of the model stay whole (a classifier keeps its softmax). Outputs are equal bit for bit.
+    output of the model stay whole (a classifier keeps its softmax), in every call of theirs: what is shared stays so.
+    Outputs are equal bit for bit.
     """
     wanted = set(kinds)
-    outputs = {ref.node for ref in graph.output_refs}
+    whole = {id(graph.by_name[ref.node].layer) for ref in graph.output_refs}
     linear = keras.activations.linear
+    taken = set(graph.by_name)
     split_layers: dict[int, Any] = {}
     nodes: list[Node] = []
     renamed: dict[Ref, Ref] = {}
@@ -226,13 +232,17 @@ def split_activations(graph: ModelGraph, *, kinds: Iterable[str]) -> ModelGraph:
     for node in graph:
         node = replace(node, args=current(node.args), kwargs=current(dict(node.kwargs)))
         activation = getattr(node.layer, "activation", None)
-        if node.kind not in wanted or node.name in outputs or activation in (None, linear):
+        if node.kind not in wanted or id(node.layer) in whole or activation in (None, linear):
             nodes.append(node)
             continue
         layer = split_layers.get(id(node.layer))
         if layer is None:
             layer = split_layers[id(node.layer)] = _without_activation(node.layer)
-        after = keras.layers.Activation(activation, name=f"{node.name}_activation", dtype=node.layer.dtype_policy)
+        name = f"{node.name}_activation"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        after = keras.layers.Activation(activation, name=name, dtype=node.layer.dtype_policy)
         nodes.append(replace(node, layer=layer))
         nodes.append(
             Node(after.name, after, "Activation", (Ref(node.name),), {}, node.shapes, node.dtypes),
@@ -253,12 +263,23 @@ def _without_activation(layer: Any) -> Any:
 def fingerprint(graph: ModelGraph) -> str:
     """Return a hash of a graph's calls and configurations: equal for equal models, in any process."""
     digest = hashlib.sha256()
+
+    def add(*fields: Any) -> None:
+        digest.update(json.dumps(fields, sort_keys=True, default=_as_json).encode())
+
     for node in graph:
-        refs = [str(ref) for ref in node.inputs]
         config = {} if node.is_input else node.layer.get_config()
-        fields = [node.name, node.kind, refs, [list(shape) for shape in node.shapes], config]
-        digest.update(json.dumps(fields, sort_keys=True, default=lambda item: type(item).__name__).encode())
+        args, kwargs = (map_refs(data, str) for data in (node.args, dict(node.kwargs)))
+        add(node.name, node.kind, args, kwargs, node.shapes, config)
+    add(map_refs(graph.inputs, str), map_refs(graph.outputs, str))
     return digest.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Constants of operations as numbers, everything else by the name of its type: a repr may hold an address."""
+    if isinstance(value, np.generic | np.ndarray) or keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value).tolist()
+    return type(value).__name__
 
 
 def weights_hash(graph: ModelGraph) -> str:

@@ -194,9 +194,12 @@ class _Sequence:
             self._merge(walk, part, part.block, choice, teacher, student)
             return
         if all(student[ref] is teacher.get(ref) for ref in part.reads):
-            student |= {ref: teacher[ref] for ref in part.writes if ref in teacher}
-            if all(ref in student for ref in part.writes):
-                return
+            # No edit in front: nothing to renew. Behind the last edit the teacher has not run yet.
+            if not all(ref in teacher for ref in part.writes):
+                nodes = [self.graph.by_name[name] for name in part.nodes]
+                teacher |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, teacher)
+            student |= {ref: teacher[ref] for ref in part.writes}
+            return
         nodes = [self._own_norms(self.graph.by_name[name]) for name in part.nodes]
         if self.reestimate:
             walk.reestimate_norms([node for node in nodes if self._is_own_norm(node)], nodes, part.reads, student)
@@ -259,6 +262,12 @@ def build_edit(graph: ModelGraph, block: Block, fitted: Fitted) -> Edit:
             node = _new_node(spec, ref, shape, policy, graph.dtype(block.exit))
             nodes.append(node)
             ref, shape = Ref(node.name), node.shapes[0]
+    if fitted.border is not None:
+        # A Rescaling by 1 with an array as offset: the one stock layer that adds a constant map; it becomes one ADD.
+        offset = {"scale": 1.0, "offset": fitted.border.astype("float32"), "name": f"{block.name}_border"}
+        node = _new_node(LayerSpec("Rescaling", offset), ref, shape, policy, graph.dtype(block.exit))
+        nodes.append(node)
+        ref = Ref(node.name)
     if not fitted.keeps_skip or block.join is None:
         return Edit(tuple(nodes), ref)
     kept = [graph.by_name[name] for name in block.skip_nodes]
@@ -314,8 +323,11 @@ def _verify_edit(block: Block, edit: Edit, fitted: Fitted, x: np.ndarray) -> Non
     want = x.astype("float64")
     for one in fitted.maps:
         want = affine.apply(one, want)
+    if fitted.border is not None:
+        want = want + fitted.border
     if fitted.keeps_skip and block.skip is not None:
-        skipped = affine.apply(block.skip, x.astype("float64"))
+        # An identity may also skip over tokens, which are no images.
+        skipped = affine.apply(block.skip, x.astype("float64")) if block.skip_nodes else x.astype("float64")
         want = want + skipped if fitted.maps else skipped
     error = relative_error(have, want)
     # Half precision rounds each layer to its own eight to eleven bits.
@@ -354,7 +366,8 @@ def _finish(
         if (one := chosen.get(block.name)) is None:
             continue
         cost = form_by_name(one.form).cost(block, skip=one.skip)
-        own_kind = "exact" if kind == "linearized" and _is_linear(blocks.graph, block) else kind
+        whole = fitted[block.name].dropped == 0.0
+        own_kind = "exact" if kind == "linearized" and whole and _is_linear(blocks.graph, block) else kind
         merged.append(MergedBlock(block.name, one.form, own_kind, fitted[block.name].r2, block.cost.macs, cost.macs))
     return Merged(model, tuple(merged), dict(fitted), dict(refitted), error)
 

@@ -23,6 +23,7 @@ from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, image_batches
 from updp_tf.merging import Choice, Merged, MergedBlock, merge_fitted, merge_in_sequence
 from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
+from updp_tf.reconstructing import reconstruct
 from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
 from updp_tf.structure import Candidate, Cost, Refusal
 from updp_tf.walking import Progress, default_batch_size
@@ -47,6 +48,10 @@ class Options:
         in_sequence: fit from the pruned network's activations, not from the original's.
         reestimate: renew the norms behind the first edit.
         refit: refit layers that close kept blocks where held-out images gain by it.
+        reconstruct_steps: train the fitted layers alone for so many steps, without labels, kept where held-out images
+            gain by it.
+        exact_borders: without images, merge so that border pixels are those of the linearised block too: one more Add
+            in each merged block, and only where its size is fixed and 1x1 layers alone come before its padding.
         ridge: strength of the regressions in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
@@ -57,6 +62,8 @@ class Options:
     in_sequence: bool = True
     reestimate: bool = True
     refit: bool = True
+    reconstruct_steps: int = 0
+    exact_borders: bool = False
     ridge: float = RIDGE
     seed: int = 0
     memory_bytes: int = DEFAULT_LIMIT_BYTES
@@ -167,7 +174,7 @@ def prune(
     require_blocks(blocks)
     images = _as_array(blocks, calibration) if calibration is not None else None
     with shown(verbose) as progress:
-        scores = _score(blocks, images, _budget_unit(budget), keep, forms, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
         if max_drop is not None:
             if budget is not None:
                 raise BudgetError("Give either `budget` or `max_drop`, not both.")
@@ -177,6 +184,9 @@ def prune(
             solution, note = _solve(blocks, scores, budget)
             notes = (note,) if note else ()
             merged = _merge(blocks, _choices(solution.chosen), images, scores, options, progress)
+        if options.reconstruct_steps and images is not None:
+            merged, note = _reconstructed(model, merged, images, options, progress)
+            notes = (*notes, note)
     plan = _plan(model, blocks, solution.chosen, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
     agreement = None
     if images is not None and _gives_classes(model):
@@ -230,7 +240,7 @@ def search(
     require_blocks(blocks)
     images = _as_array(blocks, calibration) if calibration is not None else None
     with shown(verbose) as progress:
-        scores = _score(blocks, images, _budget_unit(budget), keep, forms, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
     solution, note = _solve(blocks, scores, budget)
     fitted = {one.blocks[0]: scores.fitted[one.key] for one in solution.chosen}
     plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET)
@@ -308,7 +318,12 @@ def _given(
     found: dict[str, Fitted] = {}
     for one in choices:
         fitted, _ = start_without_images(
-            blocks.graph, blocks[one.block], form_by_name(one.form), one.skip, options.start
+            blocks.graph,
+            blocks[one.block],
+            form_by_name(one.form),
+            one.skip,
+            options.start,
+            exact_borders=options.exact_borders,
         )
         if isinstance(fitted, Refusal):
             raise PlanError(f"'{one.block}' cannot become {one.form} without images: {fitted.reason}.")
@@ -322,8 +337,8 @@ def _options(options: Options | None, calibration: Any, default: Start = "gaussi
     return options
 
 
-def _budget_unit(budget: Mapping[str, float] | None) -> str:
-    return Budget.parse(budget or DEFAULT_BUDGET).unit
+def _parsed(budget: Mapping[str, float] | None) -> Budget:
+    return Budget.parse(DEFAULT_BUDGET if budget is None else budget)
 
 
 def _as_array(blocks: Blocks, calibration: Any) -> np.ndarray:
@@ -339,7 +354,7 @@ def _as_array(blocks: Blocks, calibration: Any) -> np.ndarray:
 def _score(
     blocks: Blocks,
     images: np.ndarray | None,
-    unit: str,
+    budget: Budget,
     keep: Iterable[str],
     forms: Sequence[str] | None,
     options: Options,
@@ -349,7 +364,14 @@ def _score(
     require_names(keep, blocks)
     wanted: Sequence[Form] = all_forms() if forms is None else [form_by_name(name) for name in forms]
     if options.start != "least_squares":
-        found = score_without_images(blocks, forms=wanted, skip=options.skip, unit=unit, start=options.start)
+        found = score_without_images(
+            blocks,
+            forms=wanted,
+            skip=options.skip,
+            unit=budget.unit,
+            start=options.start,
+            exact_borders=options.exact_borders,
+        )
         kept = tuple(one for one in found.candidates if one.blocks[0] not in keep)
         return replace(found, candidates=kept)
     if images is None:
@@ -360,7 +382,8 @@ def _score(
         forms=wanted,
         keep=keep,
         skip=options.skip,
-        unit=unit,
+        unit=budget.unit,
+        cheapest_too=bool(budget.limits),
         ridge=options.ridge,
         seed=options.seed,
         memory_bytes=options.memory_bytes,
@@ -439,6 +462,20 @@ def _merge_with_images(
         memory_bytes=options.memory_bytes,
         progress=progress,
     )
+
+
+def _reconstructed(
+    model: Any, merged: Merged, images: np.ndarray, options: Options, progress: Progress | None
+) -> tuple[Merged, str]:
+    names = [block.name for block in merged.blocks]
+    trained, told = reconstruct(
+        merged.model, model, names, images, steps=options.reconstruct_steps, seed=options.seed, progress=progress
+    )
+    verdict = "kept" if told.kept else "not kept"
+    note = (
+        f"reconstruction of {told.steps} steps: output error on held-out images {told.before:.4f} -> {told.after:.4f}"
+    )
+    return replace(merged, model=trained), f"{note}, {verdict}"
 
 
 def _from_accuracy(

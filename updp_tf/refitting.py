@@ -15,9 +15,9 @@ import numpy as np
 
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv
-from updp_tf.fit import Centred, Moments, Window
+from updp_tf.fit import Centred, Moments, Samples, Window
 from updp_tf.graph import clone_layer, copy_variables
-from updp_tf.scoring import Sampler
+from updp_tf.scoring import Sampler, add_batch
 from updp_tf.structure import Block, Node, Ref, Shape
 from updp_tf.walking import Tensors, Walk
 
@@ -78,17 +78,14 @@ def refit_closing_layer(
     if closing is None or not sampler.holds_out:
         return None
     window = Window(closing.map.kernel_size, closing.map.strides, closing.map.padding)
-    seen, unseen = (Moments(window, closing.map.c_in, closing.map.c_out) for _ in range(2))
+    seen = Moments(window, closing.map.c_in, closing.map.c_out)
+    unseen = Samples.empty(window, closing.map.c_in, closing.map.c_out)
     rng = np.random.default_rng(seed)
     refs = (closing.node.inputs[0], Ref(block.body[-1]), block.exit)
     for part, (inner, body, written) in walk.stream(nodes, reads, refs, student):
         target = np.asarray(wanted[part]) - (written - body)
-        out = sampler.held_out(part)
-        for moments, mask in ((seen, ~out), (unseen, out)):
-            if mask.any():
-                n = sampler.n_positions(moments.n_unknowns, int(mask.sum()))
-                moments.add(inner[mask], target[mask], n_positions=n, rng=rng)
-    best = _best_ridge(closing.map, seen.centred(), unseen.centred())
+        add_batch(seen, unseen, inner, target, sampler.held_out(part), sampler, rng)
+    best = _best_ridge(closing.map, seen.centred(), unseen)
     if best is None:
         return None
     ridge, weights, bias = best
@@ -122,14 +119,17 @@ def _closing(node: Node, norm_node: Node | None, shape: Shape) -> _Closing | Non
     return _Closing(node, norm_node, one)
 
 
-def _best_ridge(now: AffineConv, seen: Centred, unseen: Centred) -> tuple[float, np.ndarray, np.ndarray] | None:
+def _best_ridge(now: AffineConv, seen: Centred, unseen: Samples) -> tuple[float, np.ndarray, np.ndarray] | None:
+    """Return the strength, weights and bias that explain held-out images best, None if the old ones do."""
     old = now.kernel.reshape(-1, now.c_out)
-    best_residual = (1.0 - unseen.explained(old, now.bias)) * (1.0 - MIN_GAIN)
+    best_residual = (1.0 - unseen.explained(unseen.convolve(now))) * (1.0 - MIN_GAIN)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
+    solve = seen.ridge_path(prior=old)
     for ridge in RIDGES:
-        weights = seen.ridge_regression(prior=old, ridge=ridge)
+        weights = solve(ridge)
         bias = seen.bias_of(weights)
-        residual = 1.0 - unseen.explained(weights, bias)
+        one = replace(now, kernel=weights.reshape(now.kernel.shape), bias=bias)
+        residual = 1.0 - unseen.explained(unseen.convolve(one))
         if residual < best_residual:
             best_residual, best = residual, (ridge, weights, bias)
     return best

@@ -63,7 +63,7 @@ def _same_padding(layer: Any, shape: Shape) -> tuple[int, int, int, int]:
     for axis in (0, 1):
         extent = layer.dilation_rate[axis] * (layer.kernel_size[axis] - 1) + 1
         stride, size = layer.strides[axis], shape[1 + axis]
-        if stride == 1:
+        if stride == 1 or extent == 1:
             total = extent - 1
         elif size is None:
             # How much 'same' pads before the image depends on its size.
@@ -145,6 +145,8 @@ def norm(node: Node, input_shape: Shape) -> Norm | None:
         Unsupported: a normalization that is not affine at inference.
     """
     rule = NORMS.get(node.kind)
+    if rule is not None and node.kwargs.get("training"):
+        raise Unsupported("normalizes by the statistics of each batch: it is called with training=True")
     return None if rule is None else rule(node.layer, input_shape)
 
 

@@ -22,13 +22,16 @@ from updp_tf.fit import (
     gaussian_start,
     identity_start,
 )
-from updp_tf.forms import Evidence, Fitted, Form, SkipMode, all_forms, explained_by
+from updp_tf.forms import Evidence, Fitted, Form, SkipMode, all_forms, explained_by, explains_all_of
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.structure import Block, Candidate, ModelGraph, Refusal
 from updp_tf.walking import Progress, Walk, units
 
 HOLD_OUT_EVERY = 10
 """Each tenth calibration image is kept from the fits, to tell R^2 and to choose strengths."""
+
+SCORING_POSITIONS = 8
+"""Sampled positions per unknown while forms are only compared: ranks need fewer than fits (20)."""
 
 Start = Literal["least_squares", "gaussian", "identity"]
 
@@ -64,9 +67,17 @@ def skip_mode(block: Block, skip: str) -> SkipMode:
 
 
 def eligible_forms(
-    block: Block, *, forms: Sequence[Form], skip: str, unit: str
+    block: Block, *, forms: Sequence[Form], skip: str, unit: str, cheapest_too: bool = True
 ) -> tuple[list[tuple[Form, SkipMode]], list[Refusal]]:
-    """Return the forms a block can take without getting dearer in the budget's unit, and why not the others."""
+    """Return the forms a block can take without getting dearer in the budget's unit, and why not the others.
+
+    Args:
+        block: whose forms they are.
+        forms: to look at.
+        skip: `auto`, `kept` or `folded`.
+        unit: of the budget.
+        cheapest_too: False where no resource is limited: then a form whose maps another one has too cannot be picked.
+    """
     able: list[tuple[Form, SkipMode]] = []
     refusals: list[Refusal] = []
     mode = skip_mode(block, skip)
@@ -79,6 +90,13 @@ def eligible_forms(
             able.append((form, mode))
         else:
             refusals.append(refusal)
+    if not cheapest_too:
+        for form, mode in list(able):
+            larger = next((one for one, _ in able if explains_all_of(one, form)), None)
+            if larger is not None:
+                able.remove((form, mode))
+                reason = f"{larger.name} explains at least as much, and the budget limits no cost"
+                refusals.append(Refusal(block.name, form.name, reason))
     return able, refusals
 
 
@@ -88,7 +106,13 @@ def candidate(block: Block, form: Form, mode: SkipMode, *, score: float, r2: flo
 
 
 def score_without_images(
-    blocks: Blocks, *, forms: Sequence[Form] | None = None, skip: str = "auto", unit: str = "macs", start: Start
+    blocks: Blocks,
+    *,
+    forms: Sequence[Form] | None = None,
+    skip: str = "auto",
+    unit: str = "macs",
+    start: Start,
+    exact_borders: bool = False,
 ) -> Scores:
     """Score forms by what the blocks' own norms tell: the share of each activation that a slope explains.
 
@@ -102,7 +126,7 @@ def score_without_images(
         able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit)
         refusals += refused
         for form, mode in able:
-            found, explained = start_without_images(blocks.graph, block, form, mode, start)
+            found, explained = start_without_images(blocks.graph, block, form, mode, start, exact_borders=exact_borders)
             if isinstance(found, Refusal):
                 refusals.append(found)
                 continue
@@ -117,7 +141,7 @@ def score_without_images(
 
 
 def start_without_images(
-    graph: ModelGraph, block: Block, form: Form, mode: SkipMode, start: Start
+    graph: ModelGraph, block: Block, form: Form, mode: SkipMode, start: Start, *, exact_borders: bool = False
 ) -> tuple[Fitted | Refusal, float]:
     """Return a form's maps from the block's own weights, and what share of the activations they explain."""
     if block.linear_refusal is not None:
@@ -127,7 +151,7 @@ def start_without_images(
         linear = gaussian_start(stages) if start == "gaussian" else identity_start(stages)
     except CalibrationError as error:
         return Refusal(block.name, form.name, str(error)), 0.0
-    found = form.from_maps(block, linear.maps, skip=mode)
+    found = form.from_maps(block, linear.maps, skip=mode, exact_border=exact_borders)
     return found, 1.0 if linear.explained is None else linear.explained
 
 
@@ -139,6 +163,7 @@ def score(
     keep: Iterable[str] = (),
     skip: str = "auto",
     unit: str = "macs",
+    cheapest_too: bool = True,
     ridge: float = RIDGE,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
@@ -155,6 +180,7 @@ def score(
         keep: names of blocks to leave alone.
         skip: `auto`, `kept` or `folded`: how dense forms treat a skip.
         unit: of the budget; forms dearer than their block in it are not fitted.
+        cheapest_too: False where the budget limits no resource, see `eligible_forms`.
         ridge: strength in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
@@ -178,9 +204,11 @@ def score(
             tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
             block = part.block
             if block is not None and block.name not in kept:
-                able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit)
+                able, refused = eligible_forms(
+                    block, forms=forms or all_forms(), skip=skip, unit=unit, cheapest_too=cheapest_too
+                )
                 refusals += refused
-                sampler = Sampler(walk.n, seed=seed)
+                sampler = Sampler(walk.n, seed=seed, positions_per_unknown=SCORING_POSITIONS)
                 fits, missing = fit_forms(
                     block, able, tensors[block.entry], tensors[block.exit], sampler, ridge=ridge, parts=walk.batches()
                 )
@@ -205,6 +233,7 @@ class Sampler:
 
     n_images: int
     seed: int = 0
+    positions_per_unknown: int = POSITIONS_PER_UNKNOWN
 
     @property
     def holds_out(self) -> bool:
@@ -217,8 +246,8 @@ class Sampler:
         return (index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) & self.holds_out
 
     def n_positions(self, n_unknowns: int, n_batch: int) -> int:
-        """Positions to take from `n_batch` images, so that all images give 20 per unknown."""
-        return -(-POSITIONS_PER_UNKNOWN * n_unknowns * n_batch // self.n_images)
+        """Positions to take from `n_batch` images."""
+        return -(-self.positions_per_unknown * n_unknowns * n_batch // self.n_images)
 
 
 def fit_forms(
@@ -257,7 +286,7 @@ def fit_forms(
         seen, unseen = seen_by_kind[form.evidence, window]
         found = form.fit(block, _solvable(seen), skip=mode, ridge=ridge)
         if unseen.n >= 2:
-            found = replace(found, r2=explained_by(block, found, _solvable(unseen)))
+            found = replace(found, r2=explained_by(block, found, unseen))
         fits[form.name] = found
         if seen.n < seen.n_unknowns:
             missing = max(missing, -(-seen.n_unknowns * sampler.n_images // seen.n))
@@ -268,8 +297,8 @@ def _solvable(evidence: Moments | Samples) -> Centred | Samples:
     return evidence.centred() if isinstance(evidence, Moments) else evidence
 
 
-Pair = tuple[Moments | Samples, Moments | Samples]
-"""The same evidence over the fitted and over the held-out images."""
+Evidences = tuple[Moments | Samples, Samples]
+"""What forms are fitted to, and samples of the held-out images (of all, where none are held out)."""
 
 
 def gather(
@@ -278,42 +307,50 @@ def gather(
     y: np.ndarray,
     sampler: Sampler,
     parts: Iterable[slice],
-) -> dict[tuple[Evidence, Window], Pair]:
-    """Return the evidence that forms ask for, over the fitted and over the held-out images, in one pass.
+) -> dict[tuple[Evidence, Window], Evidences]:
+    """Return the evidence that forms ask for, in one pass over the images.
 
     The moments of a window inside a larger one are cut out of the larger one's.
     """
     keys = sorted({(kind, w) for kind, w in wanted if w is not None}, key=lambda key: -key[1].n_taps)
-    pairs: dict[tuple[Evidence, Window], Pair] = {}
+    found: dict[tuple[Evidence, Window], Evidences] = {}
     source: dict[tuple[Evidence, Window], tuple[Evidence, Window]] = {}
     for key in keys:
         kind, window = key
-        larger = [other for other in pairs if kind == other[0] == "moments" and other[1].contains(window)]
+        larger = [other for other in found if kind == other[0] == "moments" and other[1].contains(window)]
         source[key] = larger[0] if larger else key
         if not larger:
-            pairs[key] = (_empty(kind, window, x, y), _empty(kind, window, x, y))
+            unseen = Samples.empty(window, x.shape[-1], y.shape[-1])
+            seen = unseen if kind == "samples" else Moments(window, x.shape[-1], y.shape[-1])
+            found[key] = (replace(unseen) if seen is unseen else seen, unseen)
     rng = np.random.default_rng(sampler.seed)
     for part in parts:
         out = sampler.held_out(part)
-        for pair in pairs.values():
-            for evidence, mask in zip(pair, (~out, out), strict=True):
-                if mask.any():
-                    n = sampler.n_positions(evidence.n_unknowns, int(mask.sum()))
-                    evidence.add(np.asarray(x[part])[mask], np.asarray(y[part])[mask], n_positions=n, rng=rng)
-    return {key: _cut(pairs[source[key]], key[1]) for key in keys}
+        for seen, unseen in found.values():
+            add_batch(seen, unseen, np.asarray(x[part]), np.asarray(y[part]), out, sampler, rng)
+    return {key: _cut(found[source[key]], key[1]) for key in keys}
 
 
-def _empty(kind: Evidence, window: Window, x: np.ndarray, y: np.ndarray) -> Moments | Samples:
-    if kind == "moments":
-        return Moments(window, x.shape[-1], y.shape[-1])
-    return Samples.empty(window, x.shape[-1], y.shape[-1])
+def add_batch(
+    seen: Moments | Samples,
+    unseen: Samples,
+    x: np.ndarray,
+    y: np.ndarray,
+    held_out: np.ndarray,
+    sampler: Sampler,
+    rng: np.random.Generator,
+) -> None:
+    """Add one batch: held-out images to `unseen`, the others to `seen`; all to both where none are held out."""
+    masks = (~held_out, held_out) if sampler.holds_out else (~held_out, ~held_out)
+    for evidence, mask in zip((seen, unseen), masks, strict=True):
+        if mask.any():
+            n = sampler.n_positions(seen.n_unknowns, int(mask.sum()))
+            evidence.add(x[mask], y[mask], n_positions=n, rng=rng)
 
 
-def _cut(pair: Pair, window: Window) -> Pair:
-    seen, unseen = pair
-    if isinstance(seen, Moments) and isinstance(unseen, Moments):
-        return seen.crop(window), unseen.crop(window)
-    return pair
+def _cut(evidence: Evidences, window: Window) -> Evidences:
+    seen, unseen = evidence
+    return (seen.crop(window) if isinstance(seen, Moments) else seen), unseen.crop(window)
 
 
 def warn_if_short(short: Mapping[str, int], n_images: int) -> None:

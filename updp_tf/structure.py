@@ -32,7 +32,10 @@ class Ref:
 
 
 def map_refs(data: Any, function: Callable[[Ref], Any]) -> Any:
-    """Return nested lists, tuples and dicts with every `Ref` replaced by `function(ref)`."""
+    """Return nested lists, tuples and dicts with every `Ref` replaced by `function(ref)`.
+
+    Dicts are visited in the order of their sorted keys, as Keras flattens them.
+    """
     if isinstance(data, Ref):
         return function(data)
     if isinstance(data, tuple):
@@ -40,7 +43,8 @@ def map_refs(data: Any, function: Callable[[Ref], Any]) -> Any:
     if isinstance(data, list):
         return [map_refs(item, function) for item in data]
     if isinstance(data, Mapping):
-        return {key: map_refs(value, function) for key, value in data.items()}
+        mapped = {key: map_refs(data[key], function) for key in sorted(data)}
+        return {key: mapped[key] for key in data}
     return data
 
 

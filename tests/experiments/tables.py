@@ -1,0 +1,115 @@
+"""Make the README's tables from the CSV files beside this script.
+
+    uv run --frozen python -m tests.experiments.tables        # writes them into README.md
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test compares.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tests.experiments import mobilenet_v2_merging as mobilenet
+from tests.experiments import resnet56_merging as resnet
+from tests.experiments.records import HERE
+
+README = HERE.parents[1] / "README.md"
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    path = HERE / name
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def resnet56() -> str:
+    rows = rows_of("resnet56_merging.csv")
+    speed = {row["network"]: row for row in rows_of("resnet56_latency.csv") if row["precision"] == "int8"}
+    n_blocks = [n for n in resnet.N_MERGED]
+    body = []
+    for way in resnet.WAYS:
+        cells = [way]
+        for n in n_blocks:
+            found = [float(row["top1"]) for row in rows if row["way"] == way and row["n_blocks"] == str(n)]
+            spread = f" ± {100 * np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+            cells.append(f"{100 * np.mean(found):.1f}{spread}" if found else "-")
+        body.append(cells)
+    macs = {int(row["n_blocks"]): int(row["macs"]) for row in rows if row["way"] == "alone"}
+    original = int(next(row["macs"] for row in rows if row["way"] == "original"))
+    body.append(["fewer MACs (fitted 3x3)", *(f"{original / macs[n]:.2f}x" if n in macs else "-" for n in n_blocks)])
+    body.append(["int8 speed-up, measured", *(speed_up(speed.get(f"merged {n}")) for n in n_blocks)])
+    dropped = []
+    for n in resnet.DROPPED:
+        found = [row for row in rows if row["way"].startswith("drop blocks") and row["n_blocks"] == str(n)]
+        if found:
+            top1 = [float(row["top1"]) for row in found]
+            spread = f" ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
+            fewer = f"{original / int(found[0]['macs']):.2f}x"
+            dropped.append([str(n), fewer, f"{100 * np.mean(top1):.1f}{spread}", speed_up(speed.get(f"dropped {n}"))])
+    rival = table(["blocks dropped greedily, norms renewed", "fewer MACs", "top-1 %", "int8 speed-up"], dropped)
+    return table(["blocks merged, of 27", *map(str, n_blocks)], body) + "\n\n" + rival
+
+
+def speed_up(row: dict[str, str] | None) -> str:
+    return "-" if row is None else f"{1 / float(row['ratio']):.2f}x"
+
+
+def mobilenetv2() -> str:
+    records = mobilenet.accuracy_records()
+    body = []
+    for way in mobilenet.WAYS:
+        cells = [way]
+        for n in sorted(mobilenet.N_MERGED):
+            pairs = []
+            for direction in ("even", "odd"):
+                before = records.find(direction=direction, way="original", n_blocks=0)
+                after = records.find(direction=direction, way=way, n_blocks=n)
+                if before and after:
+                    size = int(before["n"])
+                    pairs.append((mobilenet.unpack(before["hits"], size), mobilenet.unpack(after["hits"], size)))
+            if pairs:
+                mean, low, high = mobilenet.kept_interval(pairs)
+                one = "" if len(pairs) == 2 else " (one direction)"
+                cells.append(f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]{one}")
+            else:
+                cells.append("-")
+        body.append(cells)
+    return table(["blocks merged", *map(str, sorted(mobilenet.N_MERGED))], body)
+
+
+def latency() -> str:
+    body = []
+    for row in rows_of("mobilenet_v2_latency.csv"):
+        interval = f"{float(row['ratio']):.3f} [{float(row['low']):.3f}, {float(row['high']):.3f}]"
+        top1 = f"{100 * float(row['top1']):.1f}"
+        ms = f"{float(row['median_ms']):.2f} ({float(row['p10_ms']):.2f} to {float(row['p90_ms']):.2f})"
+        body.append([row["precision"], row["network"], f"{int(row['macs']) / 1e6:.1f}", ms, interval, top1])
+    head = ["precision", "network", "MACs (M)", "median ms (p10 to p90)", "time ratio, 95 % interval", "top-1 %"]
+    return table(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"resnet56": resnet56, "mobilenetv2": mobilenetv2, "latency": latency}
+
+
+def with_tables(text: str) -> str:
+    """Return a text with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(
+            pattern, lambda match, made=make(): f"{match[1]}{made}\n{match[2]}", text, flags=re.DOTALL
+        )
+        if found != 1:
+            raise SystemExit(f"README.md has {found} places for the table '{name}', one is needed.")
+    return text
+
+
+if __name__ == "__main__":
+    path = Path(README)
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

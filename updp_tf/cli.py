@@ -1,0 +1,461 @@
+"""The command line: parse, call one public function, print, exit code.
+
+Standard output carries the result and nothing else; progress, logs and whatever libraries print go to standard
+error. Exit code 0: done; 1: one of our errors, as one sentence; 2: a command line that cannot be read.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from tflite_export.errors import DataError, TfliteExportError
+from updp_tf.errors import ModelError, UpdpError
+from updp_tf.run_dir import write_atomically
+
+QUIET = "3"
+"""Level at which TensorFlow logs nothing but the end of the world; a level that the user set stays."""
+
+LOADING_FAILS_WITH = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What `keras.saving.load_model` was seen to raise over files that are damaged or need code that is not there."""
+
+app = typer.Typer(
+    help="Make trained Keras 3 vision models faster: merge blocks into single layers, export .tflite files, time them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Start(StrEnum):
+    """How merged layers get their first weights."""
+
+    least_squares = "least_squares"
+    gaussian = "gaussian"
+    identity = "identity"
+
+
+class Precision(StrEnum):
+    """Schemes of `export`."""
+
+    float32 = "float32"
+    int8 = "int8"
+
+
+KerasFile = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A trained model, as `model.save` writes it.")]
+KerasOutput = Annotated[Path, typer.Option("-o", "--output", metavar="OUT.keras", help="Where the new model goes.")]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="IMAGES",
+        help="Unlabelled images as the model reads them: FILE.npy, FILE.npz, or FILE.npz:KEY.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    # before anything imports TensorFlow
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", QUIET)
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        names = ("updp-tf", "keras", "tensorflow", "ai-edge-litert", "numpy")
+        typer.echo("\n".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def blocks(model: KerasFile, as_json: Json = False, debug: Debug = False) -> None:
+    """List the blocks that could be merged, and what was refused and why."""
+    with _working(debug) as show:
+        loaded = _load_model(model)
+        from updp_tf.blocks import find_blocks
+
+        found = find_blocks(loaded)
+        document = {
+            "model": loaded.name,
+            "blocks": [
+                {
+                    "name": block.name,
+                    "entry_shape": block.entry_shape[1:],
+                    "exit_shape": block.exit_shape[1:],
+                    "skip": block.skip_kind,
+                    "kernel_size": None if block.geometry is None else block.geometry.kernel_size,
+                    "nodes": block.nodes,
+                    "macs": block.cost.macs,
+                    "params": block.cost.params,
+                }
+                for block in found
+            ],
+            "skipped": [asdict(refusal) for refusal in found.skipped],
+        }
+        show(document if as_json else str(found))
+
+
+@app.command()
+def prune(
+    model: KerasFile,
+    output: KerasOutput,
+    calibration: Images = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="What to keep: macs=0.7, params_max=200000, merged=5 ...; several hold together."
+        ),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(metavar="agreement=VALUE", help="Instead: how many answers may change, e.g. agreement=0.02."),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="BLOCK", help="A block never to touch; repeatable.")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(metavar="FORM", help="A form to consider; repeatable; default: all.")
+    ] = None,
+    start: Annotated[
+        Start | None, typer.Option(help="Default: least_squares with calibration images, gaussian without.")
+    ] = None,
+    plan_out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Where the plan goes.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Merge blocks of a model into single layers, without training."""
+    limits = _numbers(budget or [], "--budget") or None
+    drops = _numbers([max_drop], "--max-drop") if max_drop is not None else None
+    _check_keras_output(output, model)
+    with (
+        _working(debug) as show,
+        write_atomically(output, force=force) as file,
+        _maybe_written(plan_out, force=force) as plan_file,
+    ):
+        images = _load_array(calibration, "calibration images") if calibration is not None else None
+        loaded = _load_model(model)
+        from updp_tf import pruning
+
+        small = pruning.prune(
+            loaded,
+            calibration=images,
+            budget=limits,
+            max_drop=drops,
+            keep=keep or (),
+            forms=form or None,
+            options=None if start is None else pruning.Options(start=start.value),
+        )
+        small.save(file)
+        if plan_file is not None:
+            plan_file.write_text(small.pruning.plan.to_json(), encoding="utf-8")
+        document = {"output": str(output), **small.pruning.as_json()}
+        show(document if as_json else pruning.summary(loaded, small))
+
+
+@app.command()
+def merge(
+    model: KerasFile,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="As `prune --plan-out` or `Plan.save` writes it.")],
+    output: KerasOutput,
+    calibration: Images = None,
+    start: Annotated[Start | None, typer.Option(help="As for `prune`; gaussian and identity need no images.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Apply a saved plan: with the arrays beside it, or fitted anew to calibration images."""
+    _check_keras_output(output, model)
+    with _working(debug) as show, write_atomically(output, force=force) as file:
+        images = _load_array(calibration, "calibration images") if calibration is not None else None
+        loaded = _load_model(model)
+        from updp_tf import pruning
+        from updp_tf.blocks import network_cost, prepared_graph
+
+        small = pruning.merge(
+            loaded, plan, calibration=images, options=None if start is None else pruning.Options(start=start.value)
+        )
+        small.save(file)
+        costs = {key: asdict(network_cost(prepared_graph(one))) for key, one in (("before", loaded), ("after", small))}
+        document = {"output": str(output), "plan": str(plan), **costs}
+        show(document if as_json else pruning.summary(loaded, small))
+
+
+@app.command()
+def export(
+    model: KerasFile,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the file goes.")],
+    quantize: Annotated[Precision, typer.Option(help="int8 needs calibration images.")] = Precision.float32,
+    calibration: Images = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a .tflite file, read it back, and compare it with the model."""
+    with _working(debug) as show, _progress() as progress:
+        import tflite_export
+
+        images = _load_array(calibration, "calibration images") if calibration is not None else None
+        result = tflite_export.export(
+            model, output, quantize=quantize.value, calibration=images, force=force, progress=progress
+        )
+        show(result.as_json() if as_json else str(result))
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="A.tflite B.tflite ...", help="Ratios are to the first.")],
+    threads: Annotated[int, typer.Option(min=1, help="That one inference may use.")] = 1,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "local",
+    min_seconds: Annotated[float, typer.Option(min=0, help="Least running time of each file.")] = 3.0,
+    csv: Annotated[Path | None, typer.Option(metavar="ROWS.csv", help="Write the rows there, too.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Time .tflite files against each other, in turns."""
+    with _working(debug) as show, _maybe_written(csv, force=force) as csv_file, _progress() as progress:
+        import tflite_export
+
+        table = tflite_export.benchmark(
+            files, device=device, threads=threads, min_seconds=min_seconds, progress=progress
+        )
+        if csv_file is not None:
+            csv_file.write_text(table.as_csv(), encoding="utf-8")
+        show(table.as_json() if as_json else str(table))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="A classifier.")],
+    images: Annotated[str, typer.Option(metavar="IMAGES", help="FILE.npy, FILE.npz, or FILE.npz:KEY.")],
+    labels: Annotated[str, typer.Option(metavar="LABELS", help="Class indices or one-hot rows, in such a file.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the accuracy of a .tflite file on labelled images."""
+    with _working(debug) as show, _progress() as progress:
+        import tflite_export
+
+        result = tflite_export.evaluate(
+            model, _load_array(images, "images"), _load_array(labels, "labels"), progress=progress
+        )
+        show(result.as_json() if as_json else str(result))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files it makes.")] = Path("updp-tf-demo"),
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small MobileNetV2 on handwritten digits, prune it, and measure before and after. Offline."""
+    with _working(debug) as show:
+        _import_keras()
+        from updp_tf.demo import run_demo
+
+        result = run_demo(out, force=force, say=lambda line: typer.echo(line, err=True))
+        show(result.as_json() if as_json else str(result))
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working(debug: bool) -> Iterator[Callable[[Any], None]]:
+    """Give a function that shows the result once all files are in place; turn our errors into exit code 1.
+
+    From here to the end of the process descriptor 1 is standard error: TensorFlow, Keras and HiGHS print to it from C,
+    and what C has buffered is written when the process ends.
+    """
+    shown: list[Any] = []
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results, warnings.catch_warnings():
+        os.dup2(2, 1)
+        warnings.showwarning = _show_warning
+        try:
+            yield shown.append
+        except (UpdpError, TfliteExportError) as error:
+            if debug:
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+        for result in shown:
+            text = result if isinstance(result, str) else json.dumps(result, indent=1, allow_nan=False)
+            print(text, file=results, flush=True)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    typer.echo(f"Warning: {message}", err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
+    from updp_tf.console import shown
+
+    with shown(True) as progress:
+        yield progress
+
+
+def _maybe_written(path: Path | None, *, force: bool) -> AbstractContextManager[Path | None]:
+    return nullcontext() if path is None else write_atomically(path, force=force)
+
+
+# --- input -----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(pairs: list[str], option: str) -> dict[str, float]:
+    """Return `KEY=VALUE` pairs as a mapping; what is no such pair is an error of usage."""
+    found: dict[str, float] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"'{pair}' is not of the form KEY=NUMBER.", param_hint=option) from None
+        if not key or key in found:
+            raise typer.BadParameter(f"'{pair}' has no key, or one that was given before.", param_hint=option)
+        found[key] = int(number) if number.is_integer() else number
+    return found
+
+
+def _check_keras_output(output: Path, model: Path) -> None:
+    if output.suffix != ".keras":
+        raise typer.BadParameter(f"'{output}' does not end in .keras.", param_hint="--output")
+    if output.exists() and model.exists() and output.samefile(model):
+        raise typer.BadParameter(f"'{output}' is the model itself: give another name.", param_hint="--output")
+
+
+def _load_array(source: str, what: str) -> Any:
+    """Return an array from `FILE.npy`, `FILE.npz` (the only one in it) or `FILE.npz:KEY`.
+
+    Raises:
+        DataError: there is no such file, array, or it is damaged.
+    """
+    import numpy as np
+
+    name, _, key = source.partition(".npz:")
+    path = Path(f"{name}.npz") if key else Path(source)
+    if not path.is_file():
+        raise DataError(f"There is no file '{path}' to read the {what} from.")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return loaded[_only_key(loaded.files, key, path, what)]
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"'{path}' cannot be read as .npy or .npz: {_one_line(error)}") from error
+
+
+def _only_key(keys: list[str], key: str, path: Path, what: str) -> str:
+    if not key and len(keys) == 1:
+        return keys[0]
+    if key not in keys:
+        raise DataError(f"'{path}' holds the arrays {keys}: name the {what} as '{path}:KEY'.")
+    return key
+
+
+def _load_model(path: Path) -> Any:
+    """Return the Keras model in a file.
+
+    Raises:
+        ModelError: there is no such file, or Keras cannot make a model of it.
+    """
+    if not path.is_file():
+        raise ModelError(f"There is no file '{path}'.")
+    if not zipfile.is_zipfile(path):
+        raise ModelError(
+            f"'{path}' is no .keras file, or is cut short: save the model again with model.save('{path.stem}.keras')."
+        )
+    keras = _import_keras()
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except LOADING_FAILS_WITH as error:
+        raise ModelError(
+            f"Keras cannot load '{path}' ({_one_line(_innermost(error))}): save it again with model.save, or, if it needs custom "
+            "classes or lambdas, load it in Python where they are defined and call updp_tf.prune(model) there."
+        ) from error
+
+
+def _import_keras() -> Any:
+    """Import Keras without the greetings that TensorFlow writes to descriptor 2, whatever the log level."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != QUIET:
+        import keras
+
+        return keras
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import keras
+
+        keras.ops.zeros(1)  # looks for devices, which it comments on as well
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    return keras
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Return the error that started it: Keras wraps one in the whole configuration of what it was reading."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the text of an error without line breaks, cut where it gets long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+if __name__ == "__main__":
+    main()
