@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from updp_tf.forms import register_form
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.planning import Plan
-    from updp_tf.pruning import Options, PruningReport, merge, prune, search, summary
+    from updp_tf.pruning import Options, merge, prune, search
+    from updp_tf.reporting import PruningReport, summary
     from updp_tf.scoring import CalibrationWarning
 
 _MODULE_BY_NAME = {
@@ -43,11 +44,11 @@ _MODULE_BY_NAME = {
     "refit": "mending",
     "Plan": "planning",
     "Options": "pruning",
-    "PruningReport": "pruning",
+    "PruningReport": "reporting",
     "merge": "pruning",
     "prune": "pruning",
     "search": "pruning",
-    "summary": "pruning",
+    "summary": "reporting",
     "CalibrationWarning": "scoring",
 }
 

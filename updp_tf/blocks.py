@@ -279,7 +279,7 @@ class _Finder:
     def _body_and_skip(
         self, first: tuple[str, ...], second: tuple[str, ...], entry: Ref
     ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Tell the body from the skip: the skip is empty, or a linear projection, the shorter path before the longer."""
+        """Tell the body from the skip: the skip is empty, or a linear projection; the shorter path is tried first."""
         longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
         for body, skip in ((longer, shorter), (shorter, longer)):
             if not skip or self._is_projection(skip, entry):

@@ -110,9 +110,9 @@ def blocks(model: KerasFile, as_json: Json = False, debug: Debug = False) -> Non
     """List the blocks that could be merged, and what was refused and why."""
     with _working(debug) as show:
         loaded = _load_model(model)
-        from updp_tf.blocks import find_blocks
+        import updp_tf
 
-        found = find_blocks(loaded)
+        found = updp_tf.find_blocks(loaded)
         document = {
             "model": loaded.name,
             "blocks": [
@@ -171,22 +171,22 @@ def prune(
     ):
         images = _load_array(calibration, "calibration images") if calibration is not None else None
         loaded = _load_model(model)
-        from updp_tf import pruning
+        import updp_tf
 
-        small = pruning.prune(
+        small = updp_tf.prune(
             loaded,
             calibration=images,
             budget=limits,
             max_drop=drops,
             keep=keep or (),
             forms=form or None,
-            options=None if start is None else pruning.Options(start=start.value),
+            options=None if start is None else updp_tf.Options(start=start.value),
         )
         small.save(file)
         if plan_file is not None:
             plan_file.write_text(small.pruning.plan.to_json(), encoding="utf-8")
         document = {"output": str(output), **small.pruning.as_json()}
-        show(document if as_json else pruning.summary(loaded, small))
+        show(document if as_json else updp_tf.summary(loaded, small))
 
 
 @app.command()
@@ -205,16 +205,16 @@ def merge(
     with _working(debug) as show, write_atomically(output, force=force) as file:
         images = _load_array(calibration, "calibration images") if calibration is not None else None
         loaded = _load_model(model)
-        from updp_tf import pruning
+        import updp_tf
         from updp_tf.blocks import network_cost, prepared_graph
 
-        small = pruning.merge(
-            loaded, plan, calibration=images, options=None if start is None else pruning.Options(start=start.value)
+        small = updp_tf.merge(
+            loaded, plan, calibration=images, options=None if start is None else updp_tf.Options(start=start.value)
         )
         small.save(file)
         costs = {key: asdict(network_cost(prepared_graph(one))) for key, one in (("before", loaded), ("after", small))}
         document = {"output": str(output), "plan": str(plan), **costs}
-        show(document if as_json else pruning.summary(loaded, small))
+        show(document if as_json else updp_tf.summary(loaded, small))
 
 
 @app.command()
@@ -335,8 +335,8 @@ def _show_warning(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    from updp_tf.console import shown
-
+    with _quiet():
+        from updp_tf.console import shown
     with shown(True) as progress:
         yield progress
 
@@ -419,29 +419,34 @@ def _load_model(path: Path) -> Any:
         return keras.saving.load_model(path, compile=False)
     except LOADING_FAILS_WITH as error:
         raise ModelError(
-            f"Keras cannot load '{path}' ({_one_line(_innermost(error))}): save it again with model.save, or, if it needs custom "
-            "classes or lambdas, load it in Python where they are defined and call updp_tf.prune(model) there."
+            f"Keras cannot load '{path}' ({_one_line(_innermost(error))}): save it again with model.save, or, if it "
+            "needs custom classes or lambdas, load it in Python where they are defined and call updp_tf.prune there."
         ) from error
 
 
 def _import_keras() -> Any:
-    """Import Keras without the greetings that TensorFlow writes to descriptor 2, whatever the log level."""
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != QUIET:
+    with _quiet():
         import keras
 
-        return keras
+        keras.ops.zeros(1)  # looks for devices, which TensorFlow comments on as well
+    return keras
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what is written to descriptor 2: TensorFlow greets there when it is loaded, whatever the log level."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != QUIET:
+        yield
+        return
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        import keras
-
-        keras.ops.zeros(1)  # looks for devices, which it comments on as well
+        yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-    return keras
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -18,7 +18,8 @@ import numpy as np
 import tflite_export
 from updp_tf.blocks import network_cost, prepared_graph
 from updp_tf.errors import OutputError
-from updp_tf.pruning import PruningReport, prune
+from updp_tf.pruning import prune
+from updp_tf.reporting import PruningReport
 from updp_tf.run_dir import write_atomically
 
 SIZE = 32

@@ -157,7 +157,10 @@ class Moments:
         Raises:
             ShapeError: the output is not of the size that the window gives.
         """
-        patches, outputs = sample_patches(self.window, x, y, n_positions, rng)
+        self.add_samples(*sample_patches(self.window, x, y, n_positions, rng))
+
+    def add_samples(self, patches: np.ndarray, outputs: np.ndarray) -> None:
+        """Add sampled patches, shape (n, ...) with taps before channels, and outputs, shape (n, c_out)."""
         patches = np.ascontiguousarray(patches.reshape(len(patches), -1), dtype=np.float64)
         outputs = outputs.astype(np.float64)
         self._pending.append(patches)
@@ -345,7 +348,10 @@ class Samples:
 
     def add(self, x: np.ndarray, y: np.ndarray, *, n_positions: int, rng: np.random.Generator) -> None:
         """Add sampled positions of some images; arguments as for `Moments.add`."""
-        patches, outputs = sample_patches(self.window, x, y, n_positions, rng)
+        self.add_samples(*sample_patches(self.window, x, y, n_positions, rng))
+
+    def add_samples(self, patches: np.ndarray, outputs: np.ndarray) -> None:
+        """Add sampled patches, shape (n, ...) with taps before channels, and outputs, shape (n, c_out)."""
         patches = patches.reshape(len(patches), self.window.n_taps, -1)
         self.patches = np.concatenate([self.patches, patches.astype("float32")])
         self.outputs = np.concatenate([self.outputs, outputs.astype(np.float64)])

@@ -28,14 +28,14 @@ def fold_norms_in(graph: ModelGraph) -> tuple[ModelGraph, tuple[str, ...]]:
         The graph, and the names of the folded norms. Outputs are equal up to rounding.
     """
     folded: list[str] = []
-    outputs = set(graph.output_refs)
     once = graph.called_once
-    for node in graph.nodes:
+    for name in [node.name for node in graph]:
+        node = graph.by_name[name]  # as earlier folds have left it
         if node.kind != "BatchNormalization" or node.kwargs.get("training"):
             continue
         (read,) = node.inputs
         writer = graph.by_name[read.node]
-        alone = graph.readers[read] == (node.name,) and read not in outputs
+        alone = graph.readers[read] == (node.name,) and read not in graph.output_refs
         if alone and {writer.name, node.name} <= once and (layer := folded_layer(writer, node)) is not None:
             merged = replace(writer, layer=layer)
             graph = graph.replace_site((writer.name, node.name), (merged,), Ref(node.name), Ref(writer.name))

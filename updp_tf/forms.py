@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from updp_tf import affine
-from updp_tf.affine import AffineConv
+from updp_tf.affine import AffineConv, Padding
 from updp_tf.errors import FormError, ShapeError
 from updp_tf.fit import Centred, Samples, Window
 from updp_tf.structure import Block, Cost, LayerSpec, Refusal
@@ -142,14 +142,34 @@ def _positions(block: Block) -> int:
     return (height or 1) * (width or 1)
 
 
-def _cost(block: Block, weights: int, biases: int, inner_bytes: int, *, keeps_skip: bool) -> Cost:
+def _cost(
+    block: Block, weights: int, biases: int, inner_bytes: int, *, window: Window | None, keeps_skip: bool
+) -> Cost:
+    """Return what layers of one window cost in the block's place; activation bytes are an upper bound.
+
+    The input stays alive all the while, as if others read it.
+    """
     exit_bytes = 4 * _positions(block) * block.c_out
     kept = block.skip_cost if keeps_skip else Cost()
+    padded = _padded_bytes(block, window)
+    running = max(padded + (inner_bytes or exit_bytes), inner_bytes + exit_bytes)
+    # The Add reads the form's output and the skip's, and writes a third; an identity's is the input.
+    adding = exit_bytes * ((3 if block.skip_nodes else 2) if keeps_skip else 1)
     return Cost(
         macs=weights * _positions(block) + kept.macs,
         params=weights + biases + kept.params,
-        activation_bytes=block.live_bytes + inner_bytes + exit_bytes * (2 if keeps_skip and block.skip_nodes else 1),
+        activation_bytes=block.live_bytes + max(running, adding),
     )
+
+
+def _padded_bytes(block: Block, window: Window | None) -> int:
+    """Bytes that a padding layer writes, 0 where the convolution pads by itself."""
+    if window is None or not any(window.padding):
+        return 0
+    if _is_same(window.kernel_size, (1, 1), window.strides, window.padding):
+        return 0
+    height, width = ((n or 1) + sum(window.padding[2 * i : 2 * i + 2]) for i, n in enumerate(block.entry_size))
+    return 4 * height * width * block.c_in
 
 
 def explained_by(block: Block, fitted: Fitted, samples: Samples) -> float | None:
@@ -202,7 +222,8 @@ class ConvForm:
     def cost(self, block: Block, *, skip: SkipMode) -> Cost:
         """K * k * c_in * c_out weights and a bias."""
         weights = self.kernel_size**2 * block.c_in * block.c_out
-        return _cost(block, weights, block.c_out, 0, keeps_skip=skip == "kept" and block.skip is not None)
+        keeps_skip = skip == "kept" and block.skip is not None
+        return _cost(block, weights, block.c_out, 0, window=self.window(block), keeps_skip=keeps_skip)
 
     def window(self, block: Block) -> Window | None:
         """The kernel's own window."""
@@ -287,7 +308,7 @@ class SeparableForm:
         """K * k * c_in depthwise and c_in * c_out pointwise weights, and a bias."""
         weights = self.kernel_size**2 * block.c_in + block.c_in * block.c_out
         inner = 4 * _positions(block) * block.c_in
-        return _cost(block, weights, block.c_out, inner, keeps_skip=block.skip is not None)
+        return _cost(block, weights, block.c_out, inner, window=self.window(block), keeps_skip=block.skip is not None)
 
     def window(self, block: Block) -> Window | None:
         """The depthwise kernel's window."""
@@ -335,7 +356,8 @@ class RemoveForm:
 
     def cost(self, block: Block, *, skip: SkipMode) -> Cost:
         """What the projection costs; nothing for an identity."""
-        return Cost(block.skip_cost.macs, block.skip_cost.params, block.live_bytes)
+        written = 4 * _positions(block) * block.c_out if block.skip_nodes else 0
+        return Cost(block.skip_cost.macs, block.skip_cost.params, block.live_bytes + written)
 
     def window(self, block: Block) -> Window | None:
         """A 1x1 window where it can be had, so that R^2 can be told."""
@@ -439,7 +461,7 @@ def layer_specs(map: AffineConv, name: str) -> Iterator[LayerSpec]:
     """
     if max(map.strides) > 1 and max(map.dilation_rate) > 1:
         map = affine.write_out_dilation(map)
-    padding = "same" if _is_same(map) else "valid"
+    padding = "same" if _is_same(map.kernel_size, map.dilation_rate, map.strides, map.padding) else "valid"
     if padding == "valid" and any(map.padding):
         top, bottom, left, right = map.padding
         yield LayerSpec("ZeroPadding2D", {"padding": ((top, bottom), (left, right)), "name": f"{name}_pad"})
@@ -462,10 +484,12 @@ def layer_specs(map: AffineConv, name: str) -> Iterator[LayerSpec]:
     yield LayerSpec("Conv2D", {**config, "filters": map.c_out, "groups": map.groups}, (kernel, bias))
 
 
-def _is_same(map: AffineConv) -> bool:
+def _is_same(
+    kernel_size: tuple[int, int], dilation_rate: tuple[int, int], strides: tuple[int, int], padding: Padding
+) -> bool:
     """True if Keras' padding='same' pads exactly this at every image size."""
-    if map.strides != (1, 1):
+    if strides != (1, 1):
         return False
-    extents = [d * (k - 1) for d, k in zip(map.dilation_rate, map.kernel_size, strict=True)]
+    extents = [d * (k - 1) for d, k in zip(dilation_rate, kernel_size, strict=True)]
     expected = tuple(pad for extent in extents for pad in (extent // 2, extent - extent // 2))
-    return any(expected) and map.padding == expected
+    return any(expected) and padding == expected

@@ -60,17 +60,25 @@ class Memory:
         self._n_files += 1
         return Path(self._folder.name) / f"{self._n_files}.bin"
 
-    def collect(self, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Return all batches as one array, written through to disk once memory is used up.
+    def collect(self, batches: Iterable[np.ndarray]) -> np.ndarray:
+        """Return all batches as one float32 array, written through to disk once memory is used up.
 
         Args:
-            batches: arrays of shape (n, *shape).
-            shape: of one image.
+            batches: arrays of images of one shape; at least one.
+
+        Raises:
+            CalibrationError: two batches hold images of different shapes.
         """
         held: list[np.ndarray] = []
         file: Path | None = None
         n = 0
+        shape: tuple[int, ...] = ()
         for batch in batches:
+            if n and batch.shape[1:] != shape:
+                raise CalibrationError(
+                    f"Calibration batches hold images of shape {shape} and {batch.shape[1:]}; give one shape."
+                )
+            shape = batch.shape[1:]
             held.append(np.ascontiguousarray(batch, dtype="float32"))
             n += len(batch)
             if self._used + sum(part.nbytes for part in held) > self._limit:
@@ -89,6 +97,24 @@ def _append(file: Path, parts: list[np.ndarray]) -> None:
     with file.open("ab") as stream:
         for part in parts:
             stream.write(part.tobytes())
+
+
+def calibration_images(source: Any, *, shape: tuple[int | None, ...], memory: Memory) -> np.ndarray:
+    """Return checked calibration images as one float32 array, on disk where memory is used up.
+
+    Args:
+        source: as `image_batches` reads it; a float32 array is returned as it is.
+        shape: that the model reads, batch axis first.
+        memory: where they live.
+
+    Raises:
+        CalibrationError: as `image_batches`.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.float32:
+        for _ in image_batches(source, shape=shape):
+            pass
+        return source
+    return memory.collect(image_batches(source, shape=shape))
 
 
 def image_batches(source: Any, *, shape: tuple[int | None, ...], batch_size: int = 64) -> Iterator[np.ndarray]:
@@ -124,7 +150,8 @@ def _batches(source: Any, batch_size: int, *, rank: int) -> Iterator[Any]:
         for start in range(0, len(array), batch_size):
             yield array[start : start + batch_size]
         return
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, list | tuple):
+    plain = isinstance(source, list | tuple | str | bytes | dict)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not plain:
         # A PyDataset: iterating over it would go on for ever.
         items: Iterable[Any] = (source[index] for index in range(len(source)))
     elif isinstance(source, Iterable) and not isinstance(source, str | bytes | dict):

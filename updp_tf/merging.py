@@ -216,7 +216,14 @@ class _Sequence:
             able = [(form_by_name(choice.form), choice.skip)]
             sampler = Sampler(walk.n, seed=self.seed)
             fits, missing = fit_forms(
-                block, able, x, teacher[block.exit], sampler, ridge=self.ridge, parts=walk.batches()
+                block,
+                able,
+                x,
+                teacher[block.exit],
+                sampler,
+                ridge=self.ridge,
+                parts=walk.batches(),
+                on_all=True,
             )
             found = fits[choice.form]
             if missing:

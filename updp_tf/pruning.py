@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import keras
@@ -20,10 +20,11 @@ from updp_tf.errors import BudgetError, CalibrationError, PlanError
 from updp_tf.fit import RIDGE
 from updp_tf.forms import Fitted, Form, all_forms, fitted_from_arrays, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
-from updp_tf.memory import DEFAULT_LIMIT_BYTES, image_batches
-from updp_tf.merging import Choice, Merged, MergedBlock, merge_fitted, merge_in_sequence
+from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
+from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
 from updp_tf.reconstructing import reconstruct
+from updp_tf.reporting import PruningReport
 from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
 from updp_tf.structure import Candidate, Cost, Refusal
 from updp_tf.walking import Progress, default_batch_size
@@ -67,65 +68,6 @@ class Options:
     ridge: float = RIDGE
     seed: int = 0
     memory_bytes: int = DEFAULT_LIMIT_BYTES
-
-
-@dataclass(frozen=True, eq=False)
-class PruningReport:
-    """What `prune` did; hangs on the model it returns as `model.pruning`.
-
-    Attributes:
-        plan: the edits.
-        blocks: what became of each merged block.
-        before: cost of the original.
-        after: cost of the pruned model.
-        agreement: part of held-out calibration images on which both give the same class, None where not measured.
-        refitted: kept layers that were refitted, with the ridge that held-out images chose.
-        refusals: what was not possible, and why.
-        error: largest relative error of the built model on probe images.
-        notes: sentences for people.
-    """
-
-    plan: Plan
-    blocks: tuple[MergedBlock, ...]
-    before: Cost
-    after: Cost
-    agreement: float | None
-    refitted: Mapping[str, float]
-    refusals: tuple[Refusal, ...]
-    error: float
-    notes: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        return {
-            "plan": json.loads(self.plan.to_json()),
-            "blocks": [asdict(block) for block in self.blocks],
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "agreement": self.agreement,
-            "refitted": dict(self.refitted),
-            "refusals": [asdict(refusal) for refusal in self.refusals],
-            "error": self.error,
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.plan.model}: {len(self.blocks)} blocks merged, "
-            f"MACs {self.before.macs / 1e6:.1f} M -> {self.after.macs / 1e6:.1f} M, "
-            f"parameters {self.before.params:,} -> {self.after.params:,}"
-        ]
-        for block in self.blocks:
-            told = "" if block.r2 is None else f", R2 {block.r2:.3f}"
-            lines.append(
-                f"  {block.name}: {block.form} ({block.kind}{told}), "
-                f"MACs {block.macs_before / 1e6:.2f} M -> {block.macs_after / 1e6:.2f} M"
-            )
-        if self.agreement is not None:
-            lines.append(f"  same class as the original on {100 * self.agreement:.1f} % of held-out calibration images")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-    __repr__ = __str__
 
 
 def prune(
@@ -172,14 +114,13 @@ def prune(
     options = _options(options, calibration)
     blocks = find_blocks(model)
     require_blocks(blocks)
-    images = _as_array(blocks, calibration) if calibration is not None else None
-    with shown(verbose) as progress:
+    limit = _drop_limit(model, budget, max_drop, score_fn)
+    agreement: float | None = None
+    notes: tuple[str, ...] = ()
+    with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
-        if max_drop is not None:
-            if budget is not None:
-                raise BudgetError("Give either `budget` or `max_drop`, not both.")
-            solution, merged = _from_accuracy(model, blocks, scores, images, max_drop, score_fn, options, progress)
-            notes: tuple[str, ...] = ()
+        if limit is not None:
+            solution, merged = _from_accuracy(model, blocks, scores, images, limit, options, progress)
         else:
             solution, note = _solve(blocks, scores, budget)
             notes = (note,) if note else ()
@@ -187,10 +128,12 @@ def prune(
         if options.reconstruct_steps and images is not None:
             merged, note = _reconstructed(model, merged, images, options, progress)
             notes = (*notes, note)
+        if images is not None and _gives_classes(model):
+            agreement = 1.0 - _agreement_drop(*_held_out_outputs(model, merged.model, images, options))
+    worse = [block.name for block in merged.blocks if block.r2 is not None and block.r2 < 0]
+    if worse:
+        notes = (*notes, f"explained less than a constant would on held-out images: {', '.join(worse)}; keep them")
     plan = _plan(model, blocks, solution.chosen, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
-    agreement = None
-    if images is not None and _gives_classes(model):
-        agreement = 1.0 - _agreement_drop(*_held_out_outputs(model, merged.model, images, options))
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
@@ -238,12 +181,11 @@ def search(
     options = _options(options, calibration)
     blocks = find_blocks(model)
     require_blocks(blocks)
-    images = _as_array(blocks, calibration) if calibration is not None else None
-    with shown(verbose) as progress:
+    with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
     solution, note = _solve(blocks, scores, budget)
     fitted = {one.blocks[0]: scores.fitted[one.key] for one in solution.chosen}
-    plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET)
+    plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if note:
         plan = replace(plan, notes=(note,))
     if path is not None:
@@ -283,17 +225,13 @@ def merge(
     choices = tuple(Choice(edit.blocks[0], edit.form, edit.options["skip"]) for edit in plan.edits)
     if not choices:
         raise PlanError(f"The plan for '{plan.model}' merges nothing.")
-    if calibration is not None:
-        images = _as_array(blocks, calibration)
-        with shown(verbose) as progress:
+    with _images(blocks, calibration, options) as images, shown(verbose) as progress:
+        if images is None:
+            given = _given(blocks, plan, choices, arrays, options)
+            merged = merge_fitted(blocks, choices, given, kind="linearized" if arrays is None else "fitted")
+        else:
             merged = _merge_with_images(blocks, choices, images, options, progress)
-    else:
-        merged = merge_fitted(blocks, choices, _given(blocks, plan, choices, arrays, options), kind=_kind(arrays))
     return merged.model
-
-
-def _kind(arrays: Mapping[str, np.ndarray] | None) -> str:
-    return "linearized" if arrays is None else "fitted"
 
 
 def _given(
@@ -341,14 +279,19 @@ def _parsed(budget: Mapping[str, float] | None) -> Budget:
     return Budget.parse(DEFAULT_BUDGET if budget is None else budget)
 
 
-def _as_array(blocks: Blocks, calibration: Any) -> np.ndarray:
-    """Return checked images as one float32 array; iterables are read once."""
-    (source,) = blocks.graph.input_refs if len(blocks.graph.input_refs) == 1 else (None,)
-    if source is None:
+@contextmanager
+def _images(blocks: Blocks, calibration: Any, options: Options) -> Iterator[np.ndarray | None]:
+    """Give checked images as one float32 array; what is no such array is read once, to disk where memory is full."""
+    if calibration is None:
+        yield None
+        return
+    sources = blocks.graph.input_refs
+    if len(sources) != 1:
         raise CalibrationError(
-            f"'{blocks.graph.name}' has {len(blocks.graph.input_refs)} inputs; calibration works for models with one."
+            f"'{blocks.graph.name}' has {len(sources)} inputs; calibration works for models with one."
         )
-    return np.concatenate(list(image_batches(calibration, shape=blocks.graph.shape(source))))
+    with Memory(options.memory_bytes) as memory:
+        yield calibration_images(calibration, shape=blocks.graph.shape(sources[0]), memory=memory)
 
 
 def _score(
@@ -483,13 +426,12 @@ def _from_accuracy(
     blocks: Blocks,
     scores: Scores,
     images: np.ndarray | None,
-    max_drop: Mapping[str, float],
-    score_fn: ScoreFn | None,
+    limit: tuple[ScoreFn, float],
     options: Options,
     progress: Progress | None,
 ) -> tuple[searching.Solution, Merged]:
     """Bisect the MACs budget to the smallest plan whose measured drop is within the bound."""
-    drop_of, bound = _drop_function(model, max_drop, score_fn)
+    drop_of, bound = limit
     if images is None:
         raise CalibrationError("`max_drop` is measured on held-out calibration images; give calibration images.")
     if not Sampler(len(images)).holds_out:
@@ -524,7 +466,14 @@ def _from_accuracy(
     return best
 
 
-def _drop_function(model: Any, max_drop: Mapping[str, float], score_fn: ScoreFn | None) -> tuple[ScoreFn, float]:
+def _drop_limit(
+    model: Any, budget: Mapping[str, float] | None, max_drop: Mapping[str, float] | None, score_fn: ScoreFn | None
+) -> tuple[ScoreFn, float] | None:
+    """Return what measures the drop and how much of it is allowed, or None where a budget decides."""
+    if max_drop is None:
+        return None
+    if budget is not None:
+        raise BudgetError("Give either `budget` or `max_drop`, not both.")
     if len(max_drop) != 1 or next(iter(max_drop)) not in ("agreement", "score"):
         raise BudgetError(
             f'`max_drop` is {{"agreement": 0.02}}, or {{"score": x}} with a score_fn. Received: {max_drop}'
@@ -576,6 +525,8 @@ def _plan(
     chosen: Iterable[Candidate],
     fitted: Mapping[str, Fitted],
     budget: Mapping[str, float],
+    *,
+    has_arrays: bool = False,
 ) -> Plan:
     edits = [
         Edit(
@@ -585,7 +536,7 @@ def _plan(
             options=dict(one.options),
             score=one.score,
             r2=fitted[one.blocks[0]].r2,
-            arrays=one.blocks[0],
+            arrays=one.blocks[0] if has_arrays else None,
         )
         for one in chosen
     ]
@@ -609,27 +560,3 @@ def _arrays(plan: Plan, fitted: Mapping[str, Fitted]) -> dict[str, np.ndarray]:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("updp-tf", "keras", "numpy", "scipy")}
-
-
-def summary(model: Any, small: Any) -> str:
-    """Return a table of two models side by side: layers, MACs, parameters, peak activations.
-
-    Args:
-        model: the original.
-        small: the pruned one; its `pruning` report is printed as well, where it has one.
-    """
-    rows: list[tuple[str, ...]] = [("", "original", "pruned", "ratio")]
-    costs = [network_cost(prepared_graph(one)) for one in (model, small)]
-    depths = [sum(1 for layer in one.layers if len(layer.weights) > 0) for one in (model, small)]
-    for label, values in (
-        ("layers with weights", depths),
-        ("MACs (M)", [cost.macs / 1e6 for cost in costs]),
-        ("parameters", [cost.params for cost in costs]),
-        ("peak activations, float32 (KiB)", [cost.activation_bytes / 1024 for cost in costs]),
-    ):
-        shown_values = [f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in values]
-        rows.append((label, *shown_values, f"{values[1] / values[0]:.3f}" if values[0] else "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    report = getattr(small, "pruning", None)
-    return "\n".join([*lines, str(report)] if report is not None else lines)

@@ -69,7 +69,7 @@ def reconstruct(
     held_out = Sampler(len(images), seed=seed).held_out(slice(0, len(images)))
     batch_size = min(default_batch_size(read_graph(merged)), 32, int((~held_out).sum()))
     batches = _Targets(_with_features(original, names), images[~held_out], batch_size, steps, seed)
-    trainer = keras.Model(student.inputs, _with_features(student, names).outputs)
+    trainer = _with_features(student, names)
     losses = [_relative_squared_error(scale) for scale in batches.variances]
     trainer.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=losses)
     callbacks = [_Steps(steps, progress)] if progress is not None else []
@@ -95,7 +95,7 @@ def _with_features(model: Any, blocks: Sequence[str]) -> Any:
         # A merged block ends in its Add, or in the last layer that was put in.
         ends = [one for one in by_name if one == name or one.startswith(f"{name}_merged")]
         outputs.append(by_name[ends[-1]].output)
-    return keras.Model(model.inputs, [*outputs, *model.outputs])
+    return keras.Model(model.inputs[0], [*outputs, *model.outputs])
 
 
 class _Targets(keras.utils.PyDataset):
@@ -114,7 +114,7 @@ class _Targets(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         images = self._images[self._batches[index]]
-        wanted = [keras.ops.convert_to_numpy(part) for part in self._original(images, training=False)]
+        wanted = tuple(keras.ops.convert_to_numpy(part) for part in self._original(images, training=False))
         return images, wanted
 
 

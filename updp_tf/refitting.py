@@ -21,11 +21,14 @@ from updp_tf.scoring import Sampler, add_batch
 from updp_tf.structure import Block, Node, Ref, Shape
 from updp_tf.walking import Tensors, Walk
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths that are tried, in mean eigenvalues of the Gram matrix; none at all is tried as well."""
 
 MIN_GAIN = 1e-3
 """Part of the unexplained variance on held-out images that a refit has to win: less is noise."""
+
+ROUNDING = 1e-8
+"""Unexplained variance of a layer that is right already, with samples in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +88,14 @@ def refit_closing_layer(
     for part, (inner, body, written) in walk.stream(nodes, reads, refs, student):
         target = np.asarray(wanted[part]) - (written - body)
         add_batch(seen, unseen, inner, target, sampler.held_out(part), sampler, rng)
-    best = _best_ridge(closing.map, seen.centred(), unseen)
-    if best is None:
+    ridge = _best_ridge(closing.map, seen.centred(), unseen)
+    if ridge is None:
         return None
-    ridge, weights, bias = best
-    changed = {node.name: node for node in _with_weights(walk, closing, weights, bias, seen.centred())}
+    # The strength is chosen: now every image may help.
+    seen.add_samples(unseen.patches, unseen.outputs)
+    every = seen.centred()
+    weights = every.ridge_regression(prior=closing.map.kernel.reshape(-1, closing.map.c_out), ridge=ridge)
+    changed = {node.name: node for node in _with_weights(walk, closing, weights, every)}
     return Refitted(tuple(changed.get(node.name, node) for node in nodes), closing.node.name, ridge)
 
 
@@ -101,7 +107,8 @@ def _closing_layer(walk: Walk, block: Block, nodes: Sequence[Node]) -> _Closing 
         if node.kind == "BatchNormalization" and norm is None and node.layer.scale and node.layer.center:
             norm = node
         elif node.kind in ("Conv2D", "Dense") and getattr(node.layer, "groups", 1) == 1:
-            return _closing(node, norm, walk.graph.shape(node.inputs[0]))
+            alone = {node.name, (norm or node).name} <= walk.graph.called_once
+            return _closing(node, norm, walk.graph.shape(node.inputs[0])) if alone else None
         elif not rules.is_passive(node):
             return None
     return None
@@ -119,30 +126,30 @@ def _closing(node: Node, norm_node: Node | None, shape: Shape) -> _Closing | Non
     return _Closing(node, norm_node, one)
 
 
-def _best_ridge(now: AffineConv, seen: Centred, unseen: Samples) -> tuple[float, np.ndarray, np.ndarray] | None:
-    """Return the strength, weights and bias that explain held-out images best, None if the old ones do."""
+def _best_ridge(now: AffineConv, seen: Centred, unseen: Samples) -> float | None:
+    """Return the strength with which held-out images are explained best, None if the old weights do it as well."""
     old = now.kernel.reshape(-1, now.c_out)
     best_residual = (1.0 - unseen.explained(unseen.convolve(now))) * (1.0 - MIN_GAIN)
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    if best_residual < ROUNDING:
+        return None
+    best: float | None = None
     solve = seen.ridge_path(prior=old)
     for ridge in RIDGES:
         weights = solve(ridge)
-        bias = seen.bias_of(weights)
-        one = replace(now, kernel=weights.reshape(now.kernel.shape), bias=bias)
+        one = replace(now, kernel=weights.reshape(now.kernel.shape), bias=seen.bias_of(weights))
         residual = 1.0 - unseen.explained(unseen.convolve(one))
         if residual < best_residual:
-            best_residual, best = residual, (ridge, weights, bias)
+            best_residual, best = residual, ridge
     return best
 
 
-def _with_weights(
-    walk: Walk, closing: _Closing, weights: np.ndarray, bias: np.ndarray, seen: Centred
-) -> tuple[Node, ...]:
-    """Return the layer, and the norm behind it, computing `weights` and `bias`.
+def _with_weights(walk: Walk, closing: _Closing, weights: np.ndarray, seen: Centred) -> tuple[Node, ...]:
+    """Return the layer, and the norm behind it, computing `weights` and the best bias to them.
 
     The norm keeps true statistics of what it reads, so that training may go on from here.
     """
     node = closing.node
+    bias = seen.bias_of(weights)
     kernel = weights.reshape(closing.map.kernel.shape).reshape(node.layer.kernel.shape)
     if closing.norm is None:
         return (replace(node, layer=_with_bias(node.layer, kernel, bias, walk.graph.shape(node.inputs[0]))),)

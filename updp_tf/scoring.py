@@ -259,6 +259,7 @@ def fit_forms(
     *,
     ridge: float,
     parts: Iterable[slice],
+    on_all: bool = False,
 ) -> tuple[dict[str, Fitted], int]:
     """Fit forms of one block to (input, output) pairs of all images.
 
@@ -270,6 +271,7 @@ def fit_forms(
         sampler: of images and positions.
         ridge: strength in mean eigenvalues.
         parts: batches.
+        on_all: fit once more to all images after R^2 was told: for maps that are used, not compared.
 
     Returns:
         Fits by form name with R^2 on held-out images, and how many images are needed if there were too few.
@@ -286,7 +288,11 @@ def fit_forms(
         seen, unseen = seen_by_kind[form.evidence, window]
         found = form.fit(block, _solvable(seen), skip=mode, ridge=ridge)
         if unseen.n >= 2:
-            found = replace(found, r2=explained_by(block, found, unseen))
+            r2 = explained_by(block, found, unseen)
+            if on_all and sampler.holds_out:
+                seen.add_samples(unseen.patches, unseen.outputs)
+                found = form.fit(block, _solvable(seen), skip=mode, ridge=ridge)
+            found = replace(found, r2=r2)
         fits[form.name] = found
         if seen.n < seen.n_unknowns:
             missing = max(missing, -(-seen.n_unknowns * sampler.n_images // seen.n))

@@ -16,7 +16,7 @@ import numpy as np
 from updp_tf.errors import CalibrationError
 from updp_tf.folding import fold_norms_in
 from updp_tf.graph import n_elements, run_nodes
-from updp_tf.memory import Memory, image_batches
+from updp_tf.memory import Memory, calibration_images
 from updp_tf.structure import Block, ModelGraph, Node, Ref
 
 Progress = Callable[[int, int, str], None]
@@ -79,7 +79,7 @@ class Walk:
 
     Args:
         graph: whose nodes are run.
-        images: calibration data, as `image_batches` reads it.
+        images: calibration data, as `memory.image_batches` reads it.
         memory: where activations live; the caller closes it.
         batch_size: images at a time; chosen so that the largest tensor of a batch stays small, where None.
     """
@@ -94,15 +94,9 @@ class Walk:
         self.batch_size = batch_size or default_batch_size(graph)
         (source,) = graph.input_refs
         shape = graph.shape(source)
-        if isinstance(images, np.ndarray) and images.dtype == np.float32:
-            for _ in image_batches(images, shape=shape):
-                pass
-            stored = images
-        else:
-            stored = memory.collect(image_batches(images, shape=shape), tuple(int(axis or 1) for axis in shape[1:]))
         self.source = source
-        self.images: np.ndarray = stored
-        self.n = len(stored)
+        self.images = calibration_images(images, shape=shape, memory=memory)
+        self.n = len(self.images)
 
     def start(self) -> Tensors:
         """Return the tensors that are there before the first unit ran."""

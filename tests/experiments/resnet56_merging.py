@@ -102,51 +102,55 @@ WAYS = (
     "in sequence, norms",
     "in sequence, norms, refit",
 )
-WAYS_EVERY_DRAW = ("alone", "in sequence, norms", "in sequence, norms, refit")
+WAYS_EVERY_DRAW = ("in sequence, norms, refit", "in sequence, norms", "alone")
 """The others hardly depend on the images, or are shown for one draw only."""
 
 
 def drop_blocks(records: Records, blocks, images, draw, row) -> None:
     """The fair depth rival: drop the block whose loss changes the logits least, again and again, then renew norms."""
     from updp_tf.forms import form_by_name
-    from updp_tf.merging import Choice, merge_fitted, merge_in_sequence
+    from updp_tf.merging import Choice, merge_in_sequence
 
-    if all(records.find(draw=draw, way="drop blocks greedily, norms", n_blocks=n) for n in DROPPED):
+    way = "drop blocks greedily, norms"
+    if all(records.find(draw=draw, way=way, n_blocks=n) for n in DROPPED):
         return
     remove = form_by_name("remove")
-    droppable = [block for block in blocks if block.skip_kind == "identity"]
-    probe = images[:200]
-    wanted = log_probabilities(merge_nothing(blocks), probe)
-    dropped: list[Choice] = []
+    droppable = [block.name for block in blocks if block.skip_kind == "identity"]
+    nothing = {name: remove.fit(blocks[name], None, skip="kept", ridge=0.0) for name in droppable}
+    probe = images[:100]
+    wanted = logits_without(blocks, [], nothing, probe)
+    dropped: list[str] = []
     while len(dropped) < max(DROPPED):
-        errors = []
-        for block in droppable:
-            if block.name in [one.block for one in dropped]:
-                continue
-            choices = [*dropped, Choice(block.name, "remove", "kept")]
-            fitted = {one.block: remove.fit(blocks[one.block], None, skip="kept", ridge=0.0) for one in choices}
-            small = merge_fitted(blocks, choices, fitted, kind="linearized").model
-            errors.append((float(np.square(log_probabilities(small, probe) - wanted).mean()), block.name))
-        dropped.append(Choice(min(errors)[1], "remove", "kept"))
+        left = [name for name in droppable if name not in dropped]
+        errors = [
+            (float(np.square(logits_without(blocks, [*dropped, name], nothing, probe) - wanted).mean()), name)
+            for name in left
+        ]
+        dropped.append(min(errors)[1])
         if len(dropped) in DROPPED:
-            picked = list(dropped)
-            fitted = {one.block: remove.fit(blocks[one.block], None, skip="kept", ridge=0.0) for one in picked}
+            picked = [Choice(name, "remove", "kept") for name in dropped]
+            fitted = {name: nothing[name] for name in dropped}
             records.ensure(
                 lambda p=picked, f=fitted: row(merge_in_sequence(blocks, p, images, fitted=f).model),
                 draw=draw,
-                way="drop blocks greedily, norms",
+                way=way,
                 n_blocks=len(dropped),
             )
 
 
-def merge_nothing(blocks):
-    from updp_tf.graph import build_model
+def logits_without(blocks, dropped: list[str], nothing, images) -> np.ndarray:
+    """Log-probabilities, centred, of the network without some blocks."""
+    import keras
 
-    return build_model(blocks.graph)
+    from updp_tf.folding import fold_norms_in
+    from updp_tf.graph import run_nodes
+    from updp_tf.merging import assemble, build_edit
 
-
-def log_probabilities(model, images) -> np.ndarray:
-    logs = np.log(predict(model, images) + 1e-7)
+    edits = {name: build_edit(blocks.graph, blocks[name], nothing[name]) for name in dropped}
+    graph, _ = fold_norms_in(assemble(blocks, edits, {}))
+    values = {graph.input_refs[0]: keras.ops.convert_to_tensor(images)}
+    run_nodes(graph, values)
+    logs = np.log(keras.ops.convert_to_numpy(values[graph.output_refs[0]]) + 1e-7)
     return logs - logs.mean(axis=-1, keepdims=True)
 
 

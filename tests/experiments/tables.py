@@ -102,9 +102,8 @@ def with_tables(text: str) -> str:
     """Return a text with every marked table made anew."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(
-            pattern, lambda match, made=make(): f"{match[1]}{made}\n{match[2]}", text, flags=re.DOTALL
-        )
+        made = make()
+        text, found = re.subn(pattern, lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"README.md has {found} places for the table '{name}', one is needed.")
     return text

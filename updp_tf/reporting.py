@@ -1,0 +1,96 @@
+"""What was done to a model, for people and for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from updp_tf.blocks import network_cost, prepared_graph
+from updp_tf.merging import MergedBlock
+from updp_tf.planning import Plan
+from updp_tf.structure import Cost, Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class PruningReport:
+    """What `prune` did; hangs on the model it returns as `model.pruning`.
+
+    Attributes:
+        plan: the edits.
+        blocks: what became of each merged block.
+        before: cost of the original.
+        after: cost of the pruned model.
+        agreement: part of held-out calibration images on which both give the same class, None where not measured.
+        refitted: kept layers that were refitted, with the ridge that held-out images chose.
+        refusals: what was not possible, and why.
+        error: largest relative error of the built model on probe images.
+        notes: sentences for people.
+    """
+
+    plan: Plan
+    blocks: tuple[MergedBlock, ...]
+    before: Cost
+    after: Cost
+    agreement: float | None
+    refitted: Mapping[str, float]
+    refusals: tuple[Refusal, ...]
+    error: float
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "blocks": [asdict(block) for block in self.blocks],
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "agreement": self.agreement,
+            "refitted": dict(self.refitted),
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "error": self.error,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.plan.model}: {len(self.blocks)} blocks merged, "
+            f"MACs {self.before.macs / 1e6:.1f} M -> {self.after.macs / 1e6:.1f} M, "
+            f"parameters {self.before.params:,} -> {self.after.params:,}"
+        ]
+        for block in self.blocks:
+            told = "" if block.r2 is None else f", R2 {block.r2:.3f}"
+            lines.append(
+                f"  {block.name}: {block.form} ({block.kind}{told}), "
+                f"MACs {block.macs_before / 1e6:.2f} M -> {block.macs_after / 1e6:.2f} M"
+            )
+        if self.agreement is not None:
+            lines.append(f"  same class as the original on {100 * self.agreement:.1f} % of held-out calibration images")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+
+def summary(model: Any, small: Any) -> str:
+    """Return a table of two models side by side: layers, MACs, parameters, peak activations.
+
+    Args:
+        model: the original.
+        small: the pruned one; its `pruning` report is printed as well, where it has one.
+    """
+    rows: list[tuple[str, ...]] = [("", "original", "pruned", "ratio")]
+    costs = [network_cost(prepared_graph(one)) for one in (model, small)]
+    depths = [sum(1 for layer in one.layers if len(layer.weights) > 0) for one in (model, small)]
+    for label, values in (
+        ("layers with weights", depths),
+        ("MACs (M)", [cost.macs / 1e6 for cost in costs]),
+        ("parameters", [cost.params for cost in costs]),
+        ("peak activations, float32 (KiB)", [cost.activation_bytes / 1024 for cost in costs]),
+    ):
+        shown_values = [f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in values]
+        rows.append((label, *shown_values, f"{values[1] / values[0]:.3f}" if values[0] else "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    report = getattr(small, "pruning", None)
+    return "\n".join([*lines, str(report)] if report is not None else lines)
