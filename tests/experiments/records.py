@@ -26,7 +26,7 @@ class Records:
 
     def __init__(self, path: Path, key: tuple[str, ...], values: tuple[str, ...]) -> None:
         self.path, self.key, self.columns = path, key, (*key, *values)
-        self.rows = list(csv.DictReader(path.open())) if path.exists() else []
+        self.rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
     def find(self, **key: object) -> dict[str, str] | None:
         wanted = {name: str(value) for name, value in key.items()}

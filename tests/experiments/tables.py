@@ -21,7 +21,7 @@ README = HERE.parents[1] / "README.md"
 
 def rows_of(name: str) -> list[dict[str, str]]:
     path = HERE / name
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -32,7 +32,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
 def resnet56() -> str:
     rows = rows_of("resnet56_merging.csv")
     speed = {row["network"]: row for row in rows_of("resnet56_latency.csv") if row["precision"] == "int8"}
-    n_blocks = [n for n in resnet.N_MERGED]
+    n_blocks = sorted(resnet.N_MERGED)
     body = []
     for way in resnet.WAYS:
         cells = [way]

@@ -1,0 +1,506 @@
+"""Fits against what they have to equal: known maps, numpy's least squares on explicit patches, sampled normals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.strategies import random_map
+from updp_tf import affine, fit
+from updp_tf.activations import Activation
+from updp_tf.affine import AffineConv
+from updp_tf.errors import CalibrationError, ShapeError
+from updp_tf.fit import Centred, Moments, Samples, Window, gaussian_start, identity_start, sample_patches
+from updp_tf.structure import Stage
+
+EVERY = 10**9
+GEOMETRIES = {
+    "3x3 same": Window((3, 3), (1, 1), (1, 1, 1, 1)),
+    "1x1": Window((1, 1), (1, 1), (0, 0, 0, 0)),
+    "5x5 stride 2": Window((5, 5), (2, 2), (2, 2, 2, 2)),
+    "stride 2, padded at one side": Window((3, 3), (2, 2), (0, 1, 0, 1)),
+    "not square": Window((2, 4), (1, 2), (1, 0, 2, 1)),
+}
+
+
+def patches_of(window: Window, x: np.ndarray) -> np.ndarray:
+    """Shape (images, rows, columns, kernel height, kernel width, c_in), by plain loops."""
+    top, bottom, left, right = window.padding
+    padded = np.zeros((len(x), x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3]))
+    padded[:, top : top + x.shape[1], left : left + x.shape[2]] = x
+    (kh, kw), (sh, sw) = window.kernel_size, window.strides
+    rows, columns = (padded.shape[1] - kh) // sh + 1, (padded.shape[2] - kw) // sw + 1
+    out = np.empty((len(x), rows, columns, kh, kw, x.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            out[:, i, j] = padded[:, i * sh : i * sh + kh, j * sw : j * sw + kw]
+    return out
+
+
+def flat(window: Window, x: np.ndarray) -> np.ndarray:
+    return patches_of(window, x).reshape(-1, window.n_taps * x.shape[-1])
+
+
+def moments_of(window: Window, x: np.ndarray, y: np.ndarray, *, n_positions: int = EVERY, seed: int = 0) -> Moments:
+    moments = Moments(window, x.shape[-1], y.shape[-1])
+    moments.add(x, y, n_positions=n_positions, rng=np.random.default_rng(seed))
+    return moments
+
+
+def in_window(window: Window, rng: np.random.Generator, c_in: int, c_out: int, **options) -> AffineConv:
+    one = random_map(rng, window.kernel_size, c_in, c_out, padding=window.padding, **options)
+    return replace(one, strides=window.strides)
+
+
+def curved(
+    window: Window, seed: int = 0, *, n: int = 6, c_in: int = 3, c_out: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated images with a mean, and something that is not linear in them."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 9, 10, c_in)) @ rng.normal(size=(c_in, c_in)) + 2.0
+    y = np.maximum(affine.apply(in_window(window, rng, c_in, c_out), x), 0.3)
+    return x, y + 0.1 * rng.normal(size=y.shape)
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "padding", "tap"),
+    [
+        ((3, 3), (1, 1, 1, 1), (1, 1)),
+        ((3, 3), (0, 1, 0, 1), (0, 0)),
+        ((5, 3), (2, 2, 0, 2), (2, 0)),
+        ((1, 1), (0, 0, 0, 0), (0, 0)),
+        ((3, 3), (3, 0, 1, 1), None),
+        ((3, 3), (1, 1, 3, 0), None),
+    ],
+)
+def test_the_skip_tap_reads_the_pixel_of_a_1x1_layer(kernel_size, padding, tap) -> None:
+    window = Window(kernel_size, (2, 2), padding)
+    assert window.skip_tap == tap
+    if tap is None:
+        return
+    x = np.random.default_rng(0).normal(size=(2, 9, 8, 2))
+    patches = patches_of(window, x)[:, :, :, tap[0], tap[1]]
+    pixels = x[:, ::2, ::2][:, : patches.shape[1], : patches.shape[2]]
+    np.testing.assert_array_equal(patches[:, : pixels.shape[1], : pixels.shape[2]], pixels)
+
+
+def test_windows_inside_windows() -> None:
+    large = Window((5, 5), (2, 2), (2, 2, 2, 2))
+    small = Window((3, 2), (2, 2), (0, 1, 1, 0))
+    assert large.contains(small) and large.contains(large) and not small.contains(large)
+    assert large.offset_of(small) == (2, 1)
+    assert not large.contains(replace(small, strides=(1, 1)))
+    assert not large.contains(replace(small, padding=(3, 1, 1, 0)))
+    assert not large.contains(replace(small, padding=(0, 1, -2, 0)))
+
+
+@pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_patches_are_the_windows_pixels(window: Window) -> None:
+    x, y = curved(window)
+    patches, outputs = sample_patches(window, x, y, EVERY, np.random.default_rng(0))
+    np.testing.assert_array_equal(patches.reshape(len(patches), -1), flat(window, x))
+    np.testing.assert_array_equal(outputs, y.reshape(-1, y.shape[-1]))
+
+
+def test_sampled_patches_belong_to_their_outputs() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, _ = curved(window)
+    y = affine.apply(in_window(window, np.random.default_rng(5), 3, 2), x)
+    kernel, bias = (lambda one: (one.kernel.reshape(-1, 2), one.bias))(
+        in_window(window, np.random.default_rng(5), 3, 2)
+    )
+    patches, outputs = sample_patches(window, x, y, 50, np.random.default_rng(1))
+    assert len(patches) == 50 and len(np.unique(outputs[:, 0])) == 50
+    np.testing.assert_allclose(patches.reshape(50, -1) @ kernel + bias, outputs, rtol=1e-12)
+    again, _ = sample_patches(window, x, y, 50, np.random.default_rng(1))
+    np.testing.assert_array_equal(patches, again)
+
+
+def test_an_output_of_another_size_is_refused() -> None:
+    x = np.zeros((1, 8, 8, 2))
+    with pytest.raises(ShapeError, match=r"gives outputs of size \(8, 8\), the block writes \(7, 8\)"):
+        sample_patches(GEOMETRIES["3x3 same"], x, np.zeros((1, 7, 8, 2)), 5, np.random.default_rng(0))
+
+
+# Least squares
+
+
+@pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_a_linear_block_is_recovered(window: Window) -> None:
+    rng = np.random.default_rng(3)
+    truth = in_window(window, rng, 3, 4)
+    x = rng.normal(size=(20, 9, 10, 3))
+    centred = moments_of(window, x, affine.apply(truth, x)).centred()
+    weights = centred.ridge_regression(ridge=0.0)
+    # float64 moments of about 1000 positions: 1e-16 times a condition number of some tens
+    np.testing.assert_allclose(weights, truth.kernel.reshape(-1, 4), atol=1e-8)
+    np.testing.assert_allclose(centred.bias_of(weights), truth.bias, atol=1e-8)
+    assert centred.explained(weights) == pytest.approx(1.0, abs=1e-12)
+    np.testing.assert_allclose(centred.weights_of(truth), weights, atol=1e-8)
+
+
+def test_a_linear_block_is_recovered_from_few_positions_and_far_from_zero() -> None:
+    window = GEOMETRIES["3x3 same"]
+    rng = np.random.default_rng(3)
+    truth = random_map(rng, 3, 3, 4)  # unpadded: a border of zeros next to 1000 would dominate
+    x = 1000.0 + rng.normal(size=(20, 9, 10, 3))
+    moments = moments_of(replace(window, padding=(0, 0, 0, 0)), x, affine.apply(truth, x), n_positions=300)
+    assert moments.n == 300
+    weights = moments.centred().ridge_regression(ridge=0.0)
+    # the mean is 1000 deviations away: six digits of the covariance are lost
+    np.testing.assert_allclose(weights, truth.kernel.reshape(-1, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("ridge", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_ridge_regression_is_least_squares_on_augmented_patches(window: Window, ridge: float, with_prior: bool) -> None:
+    x, y = curved(window)
+    centred = moments_of(window, x, y).centred()
+    patches, target = flat(window, x), y.reshape(-1, y.shape[-1])
+    n, unknowns = patches.shape
+    prior = np.random.default_rng(1).normal(size=(unknowns, target.shape[1])) if with_prior else None
+    a, b = patches - patches.mean(axis=0), target - target.mean(axis=0)
+    mean_eigenvalue = np.linalg.eigvalsh(a.T @ a / n).mean()
+    pull = np.sqrt(ridge * mean_eigenvalue * n)
+    wanted = np.linalg.lstsq(
+        np.concatenate([a, pull * np.eye(unknowns)]),
+        np.concatenate([b, pull * (np.zeros((unknowns, b.shape[1])) if prior is None else prior)]),
+        rcond=None,
+    )[0]
+
+    weights = centred.ridge_regression(prior=prior, ridge=ridge)
+
+    assert centred.mean_eigenvalue == pytest.approx(mean_eigenvalue, rel=1e-9)
+    have = patches @ weights + centred.bias_of(weights)
+    want = a @ wanted + target.mean(axis=0)
+    assert np.abs(have - want).max() <= 1e-6 * np.abs(want).max()
+
+
+def test_one_decomposition_serves_all_ridges() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window)
+    centred = moments_of(window, x, y).centred()
+    prior = np.random.default_rng(0).normal(size=(27, 4))
+    solve = centred.ridge_path(prior=prior)
+    for ridge in (1e-4, 0.1, 10.0):
+        np.testing.assert_allclose(solve(ridge), centred.ridge_regression(prior=prior, ridge=ridge), atol=1e-8)
+
+
+def test_least_norm_where_channels_are_dead() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window)
+    x[..., 1] = 0.0
+    centred = moments_of(window, x, y).centred()
+    for ridge in (0.0, 1e-4):
+        weights = centred.ridge_regression(ridge=ridge).reshape(9, 3, -1)
+        assert np.isfinite(weights).all()
+        np.testing.assert_allclose(weights[:, 1], 0.0, atol=1e-9)
+    nothing = moments_of(window, np.zeros_like(x), y).centred()
+    np.testing.assert_array_equal(nothing.ridge_regression(), 0.0)
+    np.testing.assert_allclose(nothing.bias_of(nothing.ridge_regression()), y.mean(axis=(0, 1, 2)))
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+def test_the_ridge_shrinks_to_the_skip_and_not_to_zero(skip: str) -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window, c_out=3)
+    rng = np.random.default_rng(2)
+    one = affine.identity(3) if skip == "identity" else random_map(rng, 1, 3, 3)
+    centred = moments_of(window, x, y).centred()
+    prior = centred.weights_of(one)
+    assert prior.reshape(3, 3, 3, 3)[1, 1] == pytest.approx(affine.regroup(one, 1).kernel[0, 0])
+    assert np.count_nonzero(prior) == np.count_nonzero(affine.regroup(one, 1).kernel)
+
+    distance = [np.abs(centred.ridge_regression(prior=prior, ridge=r) - prior).max() for r in (1e-4, 1.0, 1e3, 1e9)]
+    assert distance == sorted(distance, reverse=True) and distance[-1] < 1e-6 < distance[0]
+    np.testing.assert_allclose(centred.ridge_regression(ridge=1e9), 0.0, atol=1e-6)
+    # The bias is not penalised: the mean is right however strong the ridge is.
+    weights = centred.ridge_regression(prior=prior, ridge=1e9)
+    residual = y.reshape(-1, 3) - flat(window, x) @ weights - centred.bias_of(weights)
+    np.testing.assert_allclose(residual.mean(axis=0), 0.0, atol=1e-9)
+
+
+def test_weights_of_a_map_that_has_no_place() -> None:
+    x, y = curved(GEOMETRIES["3x3 same"])
+    centred = moments_of(GEOMETRIES["3x3 same"], x, y).centred()
+    np.testing.assert_array_equal(centred.weights_of(None), 0.0)
+    with pytest.raises(ShapeError, match=r"A kernel of \(5, 5\) has no place"):
+        centred.weights_of(random_map(np.random.default_rng(0), 5, 3, 4))
+
+
+@pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_explained_on_other_images_is_the_direct_r2(window: Window) -> None:
+    x, y = curved(window)
+    weights = moments_of(window, x, y).centred().ridge_regression(ridge=0.01)
+    bias = np.random.default_rng(0).normal(size=4)
+    x2, y2 = curved(window, seed=9)
+    held_out = moments_of(window, x2, y2).centred()
+    target = y2.reshape(-1, 4)
+    total = np.square(target - target.mean(axis=0)).sum()
+    for given, used in ((bias, bias), (None, (target - flat(window, x2) @ weights).mean(axis=0))):
+        direct = 1.0 - np.square(target - flat(window, x2) @ weights - used).sum() / total
+        assert held_out.explained(weights, given) == pytest.approx(direct, abs=1e-9)
+
+
+def test_a_constant_output_counts_as_explained() -> None:
+    window = GEOMETRIES["1x1"]
+    x, _ = curved(window)
+    centred = moments_of(window, x, np.full((6, 9, 10, 2), 3.0)).centred()
+    assert centred.explained(np.zeros((3, 2))) == 1.0
+
+
+# Moments
+
+
+def test_moments_of_a_smaller_window_are_a_part_of_the_larger_ones() -> None:
+    large = Window((5, 5), (2, 2), (2, 2, 2, 2))
+    for small in (
+        Window((3, 3), (2, 2), (1, 1, 1, 1)),
+        Window((1, 1), (2, 2), (0, 0, 0, 0)),
+        Window((2, 3), (2, 2), (0, 1, 2, 0)),
+    ):
+        x, y = curved(large)
+        cropped, direct = moments_of(large, x, y).crop(small), moments_of(small, x, y)
+        assert cropped.n == direct.n and cropped.window == small
+        for name in ("cross", "sum_x", "sum_y", "sum_yy"):
+            np.testing.assert_allclose(getattr(cropped, name), getattr(direct, name), rtol=1e-12)
+        a, b = cropped.centred(), direct.centred()
+        np.testing.assert_allclose(a.gram, b.gram, atol=1e-12 * np.abs(b.gram).max())
+        np.testing.assert_allclose(a.gram, a.gram.T)
+        np.testing.assert_allclose(a.ridge_regression(ridge=1e-3), b.ridge_regression(ridge=1e-3), rtol=1e-7, atol=1e-9)
+
+
+def test_moments_of_a_window_that_is_no_part_are_refused() -> None:
+    x, y = curved(GEOMETRIES["3x3 same"])
+    moments = moments_of(GEOMETRIES["3x3 same"], x, y)
+    assert moments.crop(moments.window) is moments
+    with pytest.raises(ShapeError, match="is no part of"):
+        moments.crop(Window((5, 5), (1, 1), (2, 2, 2, 2)))
+
+
+def test_order_and_cut_of_batches_do_not_matter() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window, n=7)
+    whole = moments_of(window, x, y).centred()
+    rng = np.random.default_rng(0)
+    for order, cuts in (([6, 2, 4, 0, 1, 3, 5], (1, 3, 3)), (list(range(7)), (2, 5)), ([1, 0, 3, 2, 5, 4, 6], (7,))):
+        parts = Moments(window, 3, 4)
+        start = 0
+        for n in cuts:
+            chosen = order[start : start + n]
+            parts.add(x[chosen], y[chosen], n_positions=EVERY, rng=rng)
+            start += n
+        centred = parts.centred()
+        for name in ("gram", "cross", "mean_x", "mean_y", "variance_y"):
+            np.testing.assert_allclose(getattr(centred, name), getattr(whole, name), rtol=1e-9, atol=1e-10)
+
+
+def test_size_of_moments_does_not_depend_on_the_number_of_images() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window)
+    moments = moments_of(window, x, y)
+    sizes = [getattr(moments, name).shape for name in ("gram", "cross", "sum_x", "sum_y", "sum_yy")]
+    moments.add(x, y, n_positions=EVERY, rng=np.random.default_rng(0))
+    assert moments.n == 2 * 6 * 9 * 10
+    assert sizes == [(27, 27), (27, 4), (27,), (4,), (4,)]
+    assert sizes == [getattr(moments, name).shape for name in ("gram", "cross", "sum_x", "sum_y", "sum_yy")]
+
+
+def test_one_position_is_too_few() -> None:
+    moments = moments_of(GEOMETRIES["1x1"], np.ones((1, 1, 1, 2)), np.ones((1, 1, 1, 2)))
+    with pytest.raises(CalibrationError, match="at least 2 output positions; give more calibration images"):
+        moments.centred()
+
+
+# Separable
+
+
+def samples_of(window: Window, x: np.ndarray, y: np.ndarray, n_positions: int = EVERY) -> Samples:
+    samples = Samples.empty(window, x.shape[-1], y.shape[-1])
+    half = len(x) // 2
+    for part in (slice(0, half), slice(half, None)):
+        samples.add(x[part], y[part], n_positions=n_positions, rng=np.random.default_rng(0))
+    return samples
+
+
+def predict(samples: Samples, depthwise: np.ndarray, pointwise: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return np.einsum("ntc,tc,co->no", samples.patches.astype("float64"), depthwise, pointwise) + bias
+
+
+@pytest.mark.parametrize("name", ["3x3 same", "stride 2, padded at one side"])
+def test_a_true_depthwise_pointwise_pair_is_found(name: str) -> None:
+    window = GEOMETRIES[name]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 9, 10, 4))
+    depthwise = affine.from_depthwise(
+        rng.normal(size=(*window.kernel_size, 4, 1)), rng.normal(size=4), strides=window.strides, padding=window.padding
+    )
+    pair = (depthwise, random_map(rng, 1, 4, 6))
+    y = affine.apply(pair[1], affine.apply(pair[0], x))
+    samples = samples_of(window, x, y)
+    found = samples.fit_depthwise_pointwise(samples.outputs)
+    assert [array.shape for array in found] == [(9, 4), (4, 6), (6,)]
+    r2 = samples.explained(predict(samples, *found))
+    assert r2 > 0.999
+    other = np.random.default_rng(1).normal(size=x.shape)
+    unseen = samples_of(window, other, affine.apply(pair[1], affine.apply(pair[0], other)))
+    assert unseen.explained(predict(unseen, *found)) > 0.999
+
+
+def test_the_separable_fit_is_never_worse_than_its_pointwise_start() -> None:
+    for seed in range(8):
+        window = GEOMETRIES["3x3 same" if seed % 2 else "5x5 stride 2"]
+        x, y = curved(window, seed=seed)
+        samples = samples_of(window, x, y)
+        r2 = []
+        for n_rounds in (0, 1, 2, 4):
+            found = samples.fit_depthwise_pointwise(samples.outputs, n_rounds=n_rounds)
+            r2.append(samples.explained(predict(samples, *found)))
+        pixel = samples.patches[:, samples._middle_tap()].astype("float64")
+        best = np.linalg.lstsq(np.c_[pixel, np.ones(len(pixel))], samples.outputs, rcond=None)[0]
+        pointwise = samples.explained(np.c_[pixel, np.ones(len(pixel))] @ best)
+        assert r2[0] == pytest.approx(pointwise, abs=2e-3)  # the ridge and float32
+        # Each round minimises the residual; the ridges of 1e-4 may move it by as much.
+        assert all(after >= before - 1e-3 for before, after in zip(r2, r2[1:], strict=False))
+        assert r2[-1] > r2[0]
+
+
+def test_the_separable_fit_survives_dead_channels_and_constant_outputs() -> None:
+    window = GEOMETRIES["3x3 same"]
+    x, y = curved(window)
+    x[..., 0] = 0.0
+    y[..., 1] = 5.0
+    samples = samples_of(window, x, y)
+    found = samples.fit_depthwise_pointwise(samples.outputs)
+    assert all(np.isfinite(array).all() for array in found)
+    np.testing.assert_allclose(predict(samples, *found)[:, 1], 5.0, atol=1e-3)
+    empty = samples_of(window, np.zeros_like(x), y)
+    found = empty.fit_depthwise_pointwise(empty.outputs)
+    np.testing.assert_allclose(predict(empty, *found), np.broadcast_to(y.mean(axis=(0, 1, 2)), empty.outputs.shape))
+
+
+def test_samples_of_a_smaller_window_are_the_same_positions() -> None:
+    large = Window((5, 5), (2, 2), (2, 2, 2, 2))
+    x, y = curved(large)
+    for small in (Window((3, 3), (2, 2), (1, 1, 1, 1)), Window((1, 1), (2, 2), (0, 0, 0, 0))):
+        cropped, direct = samples_of(large, x, y, 40).crop(small), samples_of(small, x, y, 40)
+        np.testing.assert_array_equal(cropped.patches, direct.patches)
+        np.testing.assert_array_equal(cropped.outputs, direct.outputs)
+    with pytest.raises(ShapeError, match="is no part of"):
+        direct.crop(large)
+
+
+def test_samples_know_what_a_convolution_writes() -> None:
+    window = GEOMETRIES["5x5 stride 2"]
+    one = in_window(window, np.random.default_rng(0), 3, 4)
+    x = np.random.default_rng(1).normal(size=(4, 9, 10, 3))
+    samples = samples_of(window, x, affine.apply(one, x))
+    np.testing.assert_allclose(samples.convolve(one), samples.outputs, atol=1e-4)  # patches are float32
+
+
+def test_samples_know_what_the_skip_writes() -> None:
+    rng = np.random.default_rng(0)
+    window = GEOMETRIES["stride 2, padded at one side"]
+    x = rng.normal(size=(4, 8, 8, 3))
+    skip = replace(random_map(rng, 1, 3, 5), strides=(2, 2))
+    y = affine.apply(skip, x)
+    samples = samples_of(window, x, y)
+    np.testing.assert_allclose(samples.skip(skip), samples.outputs, atol=1e-5)  # patches are float32
+    assert samples.explained(samples.skip(skip)) == pytest.approx(1.0, abs=1e-9)
+    with pytest.raises(ShapeError, match="The pixel that the skip reads lies outside"):
+        Samples.empty(Window((1, 1), (1, 1), (1, 0, 0, 0)), 3, 5).skip(skip)
+
+
+# Starts without images
+
+
+def _stages(rng: np.random.Generator, activation: str, c_mid: int = 6) -> tuple[Stage, Stage]:
+    """A pointwise layer whose outputs on white noise are independent normals, an activation, another layer."""
+    directions = np.linalg.qr(rng.normal(size=(c_mid, c_mid)))[0]
+    std, mean = rng.uniform(0.3, 2.0, size=c_mid), rng.normal(size=c_mid)
+    first = AffineConv((directions * std)[None, None], mean)
+    second = random_map(rng, 3, c_mid, 4, padding=1)
+    return Stage((first,), Activation(activation), mean, std), Stage((second,))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hard_silu", "silu", "gelu", "sigmoid", "tanh"])
+def test_gaussian_slopes_are_the_regression_on_sampled_normals(activation: str) -> None:
+    rng = np.random.default_rng(0)
+    stage, last = _stages(rng, activation)
+    found = gaussian_start((stage, last))
+
+    x = rng.normal(size=(100_000, 1, 1, 6))
+    z = affine.apply(stage.maps[0], x)[:, 0, 0]
+    f = stage.activation(z)
+    for c in range(6):
+        slope, offset = np.polyfit(z[:, c], f[:, c], 1)
+        want = slope * z[:, c] + offset
+        have = affine.apply(found.maps[0], x)[:, 0, 0, c]
+        # 100,000 samples: slopes and offsets are known to about 1 %
+        assert np.abs(have - want).max() <= 0.03 * max(1.0, np.abs(want).max())
+    assert found.maps[1] is last.maps[0]
+
+    lines = affine.apply(found.maps[0], x)[:, 0, 0]
+    share = 1.0 - np.square(f - lines).mean(axis=0) / f.var(axis=0)
+    weight = f.var(axis=0) * np.square(last.maps[0].kernel).sum(axis=(0, 1, 3))
+    assert found.explained == pytest.approx(float((share * weight).sum() / weight.sum()), abs=0.01)
+
+
+def test_gaussian_beats_identity_on_its_own_ground() -> None:
+    rng = np.random.default_rng(1)
+    stages = _stages(rng, "relu")
+    x = rng.normal(size=(50, 8, 8, 6))
+    y = affine.apply(stages[1].maps[0], stages[0].activation(affine.apply(stages[0].maps[0], x)))
+
+    def error(maps) -> float:
+        return float(
+            np.square(affine.apply(maps[1], affine.apply(maps[0], x)) - y).sum() / np.square(y - y.mean()).sum()
+        )
+
+    by_identity, by_gaussian = identity_start(stages), gaussian_start(stages)
+    assert by_identity.maps == (*stages[0].maps, *stages[1].maps) and by_identity.explained is None
+    assert error(by_gaussian.maps) < 0.5 * error(by_identity.maps)
+
+
+def test_a_grouped_reader_weighs_the_channels_it_reads() -> None:
+    rng = np.random.default_rng(0)
+    depthwise = affine.from_depthwise(rng.normal(size=(3, 3, 4, 2)), np.zeros(8))
+    np.testing.assert_allclose(
+        fit._read_energy(depthwise), np.square(affine.regroup(depthwise, 1).kernel).sum(axis=(0, 1, 3))
+    )
+    grouped = random_map(rng, 3, 6, 4, groups=2)
+    np.testing.assert_allclose(
+        fit._read_energy(grouped), np.square(affine.regroup(grouped, 1).kernel).sum(axis=(0, 1, 3))
+    )
+
+
+def test_shares_of_several_activations_multiply() -> None:
+    rng = np.random.default_rng(0)
+    first, last = _stages(rng, "relu")
+    once = gaussian_start((first, last)).explained
+    closed = gaussian_start((first,)).explained  # nobody reads it: weighted by variance alone
+    both = gaussian_start((first, first, last)).explained
+    between = gaussian_start((first, Stage(first.maps))).explained
+    assert both == pytest.approx(once * between)
+    assert 0 < both < once < 1 and 0 < closed < 1
+
+
+def test_no_norm_needs_images() -> None:
+    stage = Stage((random_map(np.random.default_rng(0), 1, 3, 3),), Activation("relu"))
+    with pytest.raises(CalibrationError, match="'relu' has no normalization in front .* needs calibration images"):
+        gaussian_start((stage,))
+    assert gaussian_start((Stage(stage.maps),)).explained == 1.0
+
+
+def test_centred_is_a_frozen_value() -> None:
+    x, y = curved(GEOMETRIES["1x1"])
+    centred = moments_of(GEOMETRIES["1x1"], x, y).centred()
+    assert isinstance(centred, Centred) and (centred.c_in, centred.c_out) == (3, 4)
+    with pytest.raises(AttributeError):
+        centred.gram = None
