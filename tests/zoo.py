@@ -38,8 +38,13 @@ def shared(name: str) -> keras.Model:
 def inputs_of(model: keras.Model, *, n: int = 3, seed: int = 1, size: int = 16):
     """Random inputs of a model, nested as it wants them; dynamic axes get `size`."""
     rng = np.random.default_rng(seed)
+
+    def make(tensor) -> np.ndarray:
+        shape = (n, *(axis or size for axis in tensor.shape[1:]))
+        return rng.normal(size=shape).astype("float32") if "float" in tensor.dtype else rng.integers(0, 256, shape)
+
     return keras.tree.map_structure(
-        lambda tensor: rng.normal(size=(n, *(axis or size for axis in tensor.shape[1:]))).astype("float32"),
+        make,
         model._inputs_struct if hasattr(model, "_inputs_struct") else model.inputs[0],
     )
 
@@ -518,6 +523,15 @@ def fused_names() -> keras.Model:
     x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv")(inputs)
     x = layers.Conv2D(4, 3, padding="same", activation="relu", name="conv_activation")(x)
     return keras.Model(inputs, head(x), name="fused_names")
+
+
+@in_zoo
+def whole_numbers() -> keras.Model:
+    """Reads bytes, and has a layer as activation of another one."""
+    inputs = keras.Input((15, 15, 3), dtype="uint8")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0)(inputs)
+    x = layers.Conv2D(6, 3, padding="same", activation=layers.LeakyReLU(negative_slope=0.2))(x)
+    return keras.Model(inputs, head(basic(x, 6)), name="whole_numbers")
 
 
 @in_zoo

@@ -163,10 +163,15 @@ def _layer_name(node: Node, taken: set[str]) -> str:
 
 
 def _clone(layer: Any, name: str) -> Any:
-    config = layer.get_config()
-    if "name" in config:  # some operations take none
-        config["name"] = name
-    return type(layer).from_config(config)
+    try:
+        config = layer.get_config()
+        if "name" in config:  # some operations take none
+            config["name"] = name
+        return type(layer).from_config(config)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"'{layer.name}' ({type(layer).__name__}) cannot be copied from its own configuration: {error}"
+        ) from error
 
 
 def clone_layer(layer: Any, name: str, *, input_shape: Shape) -> Any:

@@ -103,9 +103,15 @@ def refit(
     graphs = {"teacher": prepared_graph(teacher), "student": prepared_graph(student)}
     found = {key: find_blocks_in(graph) for key, graph in graphs.items()}
     wanted_blocks = {block.name: block for block in found["teacher"]}
-    common = [block for block in found["student"] if block.name in wanted_blocks]
+    common = [
+        block
+        for block in found["student"]
+        if block.name in wanted_blocks and block.exit_shape == wanted_blocks[block.name].exit_shape
+    ]
     if not common:
-        raise ModelError(f"'{student.name}' and '{teacher.name}' have no block of the same name; nothing to refit.")
+        raise ModelError(
+            f"'{student.name}' and '{teacher.name}' have no block of the same name and shape; nothing to refit."
+        )
     own: dict[str, Node] = {}
     with Memory(memory_bytes) as memory, Memory(memory_bytes) as wanted_memory:
         wanted = _block_outputs(graphs["teacher"], [wanted_blocks[b.name] for b in common], calibration, wanted_memory)

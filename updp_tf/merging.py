@@ -398,8 +398,9 @@ def _verify_model(graph: ModelGraph, model: Any, probe: np.ndarray | None) -> fl
     rng = np.random.default_rng(0)
     for ref in graph.input_refs:
         shape = tuple(axis or 32 for axis in graph.shape(ref)[1:])
-        data = rng.normal(size=(2, *shape)).astype("float32") if probe is None else np.asarray(probe)
-        values[ref] = keras.ops.convert_to_tensor(data)
+        dtype = graph.dtype(ref)
+        made = rng.normal(size=(2, *shape)) if "float" in dtype else rng.integers(0, 256, size=(2, *shape))
+        values[ref] = keras.ops.convert_to_tensor((made if probe is None else np.asarray(probe)).astype(dtype))
     inputs = map_refs(graph.inputs, values.__getitem__)
     have = keras.tree.flatten(model(inputs, training=False))
     run_nodes(graph, values)

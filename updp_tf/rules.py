@@ -197,6 +197,8 @@ def _named(name: str, **parameters: float) -> Activation:
 
 def _activation_layer(layer: Any) -> Activation:
     function = layer.activation
+    if (rule := ACTIVATIONS.get(type(function).__name__)) is not None:
+        return rule(function)  # a layer given as activation: Conv2D(..., activation=LeakyReLU())
     return _named(getattr(function, "__name__", type(function).__name__))
 
 

@@ -120,6 +120,7 @@ FOUND = {
     ),
     "half": ([("add", "identity", 5, 1), ("add_1", "identity", 3, 1)], {}),
     "fused_names": ([("conv_activation", "none", 5, 1)], {}),
+    "whole_numbers": ([("add", "identity", 5, 1)], {}),
     "fixed_batch": ([("add", "identity", 5, 1)], {}),
 }
 

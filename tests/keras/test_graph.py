@@ -272,6 +272,13 @@ def test_a_layer_is_no_model() -> None:
         read_graph(layers.Dense(3))
 
 
+def test_a_layer_that_cannot_be_copied_is_named() -> None:
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, layers.Lambda(lambda x: 2 * x, name="doubling")(inputs))
+    with pytest.raises(ModelError, match=r"'doubling' \(Lambda\) cannot be copied from its own configuration: Request"):
+        build_model(read_graph(model))
+
+
 # Pieces
 
 

@@ -195,6 +195,7 @@ ACTIVATIONS = {
     "ReLU, all parameters": lambda: layers.ReLU(3.0, negative_slope=0.1, threshold=0.5),
     "LeakyReLU": lambda: layers.LeakyReLU(negative_slope=0.2),
     "ELU": lambda: layers.ELU(alpha=0.7),
+    "a layer as activation": lambda: layers.Activation(layers.LeakyReLU(negative_slope=0.2)),
 }
 
 
