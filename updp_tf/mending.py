@@ -14,7 +14,7 @@ from updp_tf.graph import build_model, clone_layer, read_graph
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.refitting import refit_closing_layer
 from updp_tf.structure import ModelGraph, Node
-from updp_tf.walking import Progress, Walk, units
+from updp_tf.walking import Progress, Walk, one_blas_thread, units
 
 
 def fold_norms(model: Any) -> Any:
@@ -49,7 +49,7 @@ def reestimate_norms(
     """
     graph = read_graph(model)
     own = _own_norms(graph)
-    with Memory(memory_bytes) as memory:
+    with Memory(memory_bytes) as memory, one_blas_thread():
         walk = Walk(graph, data, memory)
         parts = units(graph, find_blocks_in(graph))
         tensors = walk.start()

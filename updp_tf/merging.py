@@ -24,7 +24,7 @@ from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.refitting import refit_closing_layer
 from updp_tf.scoring import Sampler, fit_forms, warn_if_short
 from updp_tf.structure import Block, LayerSpec, ModelGraph, Node, Ref, Shape, map_refs
-from updp_tf.walking import Progress, Tensors, Unit, Walk, as_float32, units
+from updp_tf.walking import Progress, Tensors, Unit, Walk, as_float32, one_blas_thread, units
 
 BLOCK_TOLERANCE = 1e-5
 """Largest relative error of a merged block's layers in float32 against its map in float64."""
@@ -124,7 +124,7 @@ def merge_in_sequence(
         progress: called after each part of the network.
     """
     pass_ = _Sequence(blocks, choices, fitted, in_sequence, reestimate, refit, ridge, seed)
-    with Memory(memory_bytes) as memory:
+    with Memory(memory_bytes) as memory, one_blas_thread():
         return pass_.run(Walk(blocks.graph, images, memory), progress)
 
 
@@ -222,7 +222,7 @@ class _Sequence:
                 teacher[block.exit],
                 sampler,
                 ridge=self.ridge,
-                parts=walk.batches(),
+                parts=walk.batches((block.entry_shape, block.exit_shape)),
                 on_all=True,
             )
             found = fits[choice.form]

@@ -25,7 +25,7 @@ from updp_tf.fit import (
 from updp_tf.forms import Evidence, Fitted, Form, SkipMode, all_forms, explained_by, explains_all_of
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.structure import Block, Candidate, ModelGraph, Refusal
-from updp_tf.walking import Progress, Walk, units
+from updp_tf.walking import Progress, Walk, one_blas_thread, units
 
 HOLD_OUT_EVERY = 10
 """Each tenth calibration image is kept from the fits, to tell R^2 and to choose strengths."""
@@ -194,7 +194,7 @@ def score(
     fitted: dict[str, Fitted] = {}
     refusals: list[Refusal] = []
     short: dict[str, int] = {}
-    with Memory(memory_bytes) as memory:
+    with Memory(memory_bytes) as memory, one_blas_thread():
         walk = Walk(blocks.graph, images, memory)
         parts = units(blocks.graph, blocks)
         tensors = walk.start()
@@ -210,7 +210,13 @@ def score(
                 refusals += refused
                 sampler = Sampler(walk.n, seed=seed, positions_per_unknown=SCORING_POSITIONS)
                 fits, missing = fit_forms(
-                    block, able, tensors[block.entry], tensors[block.exit], sampler, ridge=ridge, parts=walk.batches()
+                    block,
+                    able,
+                    tensors[block.entry],
+                    tensors[block.exit],
+                    sampler,
+                    ridge=ridge,
+                    parts=walk.batches((block.entry_shape, block.exit_shape)),
                 )
                 if missing:
                     short[block.name] = missing
