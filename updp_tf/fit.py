@@ -25,7 +25,7 @@ RIDGE = 1e-4
 ROWS_PER_UPDATE = 4096
 """Patches that are collected before the Gram matrix is updated with them."""
 
-POSITIONS_PER_UNKNOWN = 20
+POSITIONS_PER_UNKNOWN = 100
 """Sampled output positions per unknown of a fit: more changes nothing, fewer shows."""
 
 

@@ -44,7 +44,8 @@ class Options:
     """How forms are fitted and merged.
 
     Attributes:
-        start: `least_squares` needs images; `gaussian` and `identity` take the block's own weights.
+        start: `least_squares` needs images; `gaussian` and `identity` take the block's own weights. Least squares where
+            there are images, gaussian where there are none, if None.
         skip: `auto`, `kept` or `folded`: how dense forms treat a skip.
         in_sequence: fit from the pruned network's activations, not from the original's.
         reestimate: renew the norms behind the first edit.
@@ -58,7 +59,7 @@ class Options:
         memory_bytes: activations beyond this go to disk.
     """
 
-    start: Start = "least_squares"
+    start: Start | None = None
     skip: Literal["auto", "kept", "folded"] = "auto"
     in_sequence: bool = True
     reestimate: bool = True
@@ -111,14 +112,14 @@ def prune(
         >>> small = updp_tf.prune(model, calibration=images, budget={"merged": 5})  # doctest: +SKIP
         >>> print(small.pruning)  # doctest: +SKIP
     """
-    options = _options(options, calibration)
+    options, start = _started(options, calibration)
     blocks = find_blocks(model)
     require_blocks(blocks)
     limit = _drop_limit(model, budget, max_drop, score_fn)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
-        scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
         if limit is not None:
             solution, merged = _from_accuracy(model, blocks, scores, images, limit, options, progress)
         else:
@@ -178,11 +179,11 @@ def search(
         ModelError, CalibrationError, BudgetError: as `prune`.
         OutputError: the plan cannot be written.
     """
-    options = _options(options, calibration)
+    options, start = _started(options, calibration)
     blocks = find_blocks(model)
     require_blocks(blocks)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
-        scores = _score(blocks, images, _parsed(budget), keep, forms, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
     solution, note = _solve(blocks, scores, budget)
     fitted = {one.blocks[0]: scores.fitted[one.key] for one in solution.chosen}
     plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
@@ -214,7 +215,7 @@ def merge(
         PlanError: the plan is for another model, or it has no arrays and there are no calibration images.
         MergeError: the merged layers do not compute what they should.
     """
-    options = _options(options, calibration, default="least_squares")
+    options, start = _started(options, calibration, default="least_squares")
     arrays: Mapping[str, np.ndarray] | None = None
     if not isinstance(plan, Plan):
         plan, arrays = Plan.load(plan)
@@ -227,10 +228,13 @@ def merge(
         raise PlanError(f"The plan for '{plan.model}' merges nothing.")
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         if images is None:
-            given = _given(blocks, plan, choices, arrays, options)
+            given = _given(blocks, plan, choices, arrays, start, options)
             merged = merge_fitted(blocks, choices, given, kind="linearized" if arrays is None else "fitted")
-        else:
+        elif start == "least_squares":
             merged = _merge_with_images(blocks, choices, images, options, progress)
+        else:
+            given = _given(blocks, plan, choices, None, start, options)
+            merged = _merge_with_images(blocks, choices, images, options, progress, fitted=given)
     return merged.model
 
 
@@ -239,6 +243,7 @@ def _given(
     plan: Plan,
     choices: Sequence[Choice],
     arrays: Mapping[str, np.ndarray] | None,
+    start: Start,
     options: Options,
 ) -> dict[str, Fitted]:
     """Return the maps of a plan without images: those beside it, or those of the blocks' own weights."""
@@ -248,7 +253,7 @@ def _given(
                 f"The arrays beside the plan were fitted to other weights of '{plan.model}'; give calibration images."
             )
         return {edit.blocks[0]: fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
-    if options.start == "least_squares":
+    if start == "least_squares":
         raise PlanError(
             "The plan has no fitted arrays beside it: give calibration images, load the plan from its file, or set "
             "Options(start='gaussian')."
@@ -260,7 +265,7 @@ def _given(
             blocks[one.block],
             form_by_name(one.form),
             one.skip,
-            options.start,
+            start,
             exact_borders=options.exact_borders,
         )
         if isinstance(fitted, Refusal):
@@ -269,10 +274,11 @@ def _given(
     return found
 
 
-def _options(options: Options | None, calibration: Any, default: Start = "gaussian") -> Options:
-    if options is None:
-        return Options(start="least_squares" if calibration is not None else default)
-    return options
+def _started(options: Options | None, calibration: Any, default: Start = "gaussian") -> tuple[Options, Start]:
+    """Return the options with the start that they or the images ask for, and that start."""
+    options = options or Options()
+    start = options.start or ("least_squares" if calibration is not None else default)
+    return replace(options, start=start), start
 
 
 def _parsed(budget: Mapping[str, float] | None) -> Budget:
@@ -300,19 +306,20 @@ def _score(
     budget: Budget,
     keep: Iterable[str],
     forms: Sequence[str] | None,
+    start: Start,
     options: Options,
     progress: Progress | None,
 ) -> Scores:
     keep = tuple(keep)
     require_names(keep, blocks)
     wanted: Sequence[Form] = all_forms() if forms is None else [form_by_name(name) for name in forms]
-    if options.start != "least_squares":
+    if start != "least_squares":
         found = score_without_images(
             blocks,
             forms=wanted,
             skip=options.skip,
             unit=budget.unit,
-            start=options.start,
+            start=start,
             exact_borders=options.exact_borders,
         )
         kept = tuple(one for one in found.candidates if one.blocks[0] not in keep)

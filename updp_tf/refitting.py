@@ -24,8 +24,8 @@ from updp_tf.walking import Tensors, Walk
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths that are tried, in mean eigenvalues of the Gram matrix; none at all is tried as well."""
 
-MIN_GAIN = 1e-3
-"""Part of the unexplained variance on held-out images that a refit has to win: less is noise."""
+N_PARTS = 20
+"""Parts that held-out samples are cut into, to see how much their errors vary."""
 
 ROUNDING = 1e-8
 """Unexplained variance of a layer that is right already, with samples in float32."""
@@ -127,20 +127,38 @@ def _closing(node: Node, norm_node: Node | None, shape: Shape) -> _Closing | Non
 
 
 def _best_ridge(now: AffineConv, seen: Centred, unseen: Samples) -> float | None:
-    """Return the strength with which held-out images are explained best, None if the old weights do it as well."""
+    """Return the strength that held-out images ask for, None for the old weights.
+
+    Of all that explain them as well as the best one, give or take a standard error, the one that stays closest
+    to the old weights: a layer that is fitted to few classes forgets the others.
+    """
     old = now.kernel.reshape(-1, now.c_out)
-    best_residual = (1.0 - unseen.explained(unseen.convolve(now))) * (1.0 - MIN_GAIN)
-    if best_residual < ROUNDING:
+    before = _errors(unseen, now)
+    if before.sum() < ROUNDING:
         return None
-    best: float | None = None
     solve = seen.ridge_path(prior=old)
-    for ridge in RIDGES:
+    tried: list[tuple[float | None, np.ndarray]] = [(None, before)]
+    for ridge in sorted(RIDGES, reverse=True):
         weights = solve(ridge)
         one = replace(now, kernel=weights.reshape(now.kernel.shape), bias=seen.bias_of(weights))
-        residual = 1.0 - unseen.explained(unseen.convolve(one))
-        if residual < best_residual:
-            best_residual, best = residual, ridge
-    return best
+        tried.append((ridge, _errors(unseen, one)))
+    best = min((errors for _, errors in tried), key=np.sum)
+    return next(ridge for ridge, errors in tried if _is_as_good(errors, best))
+
+
+def _errors(unseen: Samples, one: AffineConv) -> np.ndarray:
+    """Unexplained variance of held-out samples, cut into parts that are added up.
+
+    Samples lie image by image: positions of one image resemble each other, the parts hardly do.
+    """
+    total = float(np.square(unseen.outputs - unseen.outputs.mean(axis=0)).sum()) or 1.0
+    squares = np.square(unseen.outputs - unseen.convolve(one)).sum(axis=1) / total
+    return np.array([part.sum() for part in np.array_split(squares, N_PARTS)])
+
+
+def _is_as_good(errors: np.ndarray, best: np.ndarray) -> bool:
+    worse = errors - best
+    return bool(worse.sum() <= worse.std(ddof=1) * np.sqrt(N_PARTS))
 
 
 def _with_weights(walk: Walk, closing: _Closing, weights: np.ndarray, seen: Centred) -> tuple[Node, ...]:

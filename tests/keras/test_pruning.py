@@ -508,6 +508,35 @@ def test_a_plan_from_norms_merges_without_anything(tmp_path: Path) -> None:
     assert_equal_weights(updp_tf.merge(model, tmp_path / "p.json", verbose=False), small)
 
 
+def test_options_without_a_start_take_the_one_that_fits() -> None:
+    model = zoo.shared("residual")
+    folded = prune(model, options=Options(skip="folded"), budget={"merged": 2})
+    said = prune(model, options=Options(skip="folded", start="gaussian"), budget={"merged": 2})
+    assert_equal_weights(folded, said)
+    assert {edit.options["skip"] for edit in folded.pruning.plan.edits} == {"folded"}
+    images = images_for(model)
+    fitted = prune(model, calibration=images, options=Options(skip="folded"), budget={"merged": 2})
+    assert all(block.kind == "fitted" and block.r2 is not None for block in fitted.pruning.blocks)
+
+
+def test_merging_from_norms_with_images_takes_the_norms_maps_and_renews_what_follows() -> None:
+    model = zoo.shared("residual")
+    plan = updp_tf.search(model, budget={"merged": 2}, verbose=False)
+    options = Options(start="gaussian", refit=False)
+    bare = updp_tf.merge(model, plan, options=options, verbose=False)
+    renewed = updp_tf.merge(model, plan, calibration=images_for(model), options=options, verbose=False)
+    merged = [layer.name for layer in bare.layers if "_merged" in layer.name]
+    assert merged
+    for name in merged:
+        np.testing.assert_array_equal(bare.get_layer(name).kernel, renewed.get_layer(name).kernel)
+    changed = [
+        not np.array_equal(a.moving_mean, renewed.get_layer(a.name).moving_mean)
+        for a in bare.layers
+        if isinstance(a, keras.layers.BatchNormalization)
+    ]
+    assert any(changed)
+
+
 def test_a_plan_without_arrays_needs_images() -> None:
     model = zoo.shared("residual")
     plan = prune(model, calibration=images_for(model), budget={"merged": 1}).pruning.plan
