@@ -52,6 +52,8 @@ def make_block(
         cost=Cost(10**9, 10**9, 10**9),
         skip_cost=projection,
         live_bytes=live_bytes,
+        geometry_refusal=None if geometry is not None else Refusal("block", "window", "it turns rank 4 into rank 2"),
+        skip_exit=None if skip is None else Ref("project" if projected else "in"),
     )
 
 

@@ -7,9 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tflite_export.benchmark_model import BenchmarkLog, read_benchmark_log
     from tflite_export.benchmarking import BenchmarkRow, BenchmarkTable, benchmark
     from tflite_export.convert import ExportResult, export, export_many
+    from tflite_export.devices import DeviceOptions, open_device
+    from tflite_export.edgetpu import EdgeTpuReport, check_edgetpu
+    from tflite_export.edgetpu_compiler import (
+        EdgeTpuCompilation,
+        EdgeTpuLog,
+        compile_edgetpu,
+        parse_edgetpu_output,
+        read_edgetpu_log,
+    )
     from tflite_export.errors import (
+        CompilerError,
         DataError,
         DeviceError,
         ExportError,
@@ -19,15 +30,23 @@ if TYPE_CHECKING:
         OutputError,
         TfliteExportError,
     )
+    from tflite_export.ethosu import EthosUCompilation, compile_ethosu
     from tflite_export.evaluation import Evaluation, evaluate, run_tflite
     from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
     from tflite_export.worker import ExportWorker
 
 __all__ = [
+    "BenchmarkLog",
     "BenchmarkRow",
     "BenchmarkTable",
+    "CompilerError",
     "DataError",
     "DeviceError",
+    "DeviceOptions",
+    "EdgeTpuCompilation",
+    "EdgeTpuLog",
+    "EdgeTpuReport",
+    "EthosUCompilation",
     "Evaluation",
     "ExportError",
     "ExportResult",
@@ -39,18 +58,32 @@ __all__ = [
     "TfliteExportError",
     "TfliteModel",
     "benchmark",
+    "check_edgetpu",
+    "compile_edgetpu",
+    "compile_ethosu",
     "evaluate",
     "export",
     "export_many",
+    "open_device",
+    "parse_edgetpu_output",
+    "read_benchmark_log",
+    "read_edgetpu_log",
     "read_flatbuffer",
     "run_tflite",
 ]
 
 _MODULE_BY_NAME = {
+    "BenchmarkLog": "benchmark_model",
     "BenchmarkRow": "benchmarking",
     "BenchmarkTable": "benchmarking",
+    "CompilerError": "errors",
     "DataError": "errors",
     "DeviceError": "errors",
+    "DeviceOptions": "devices",
+    "EdgeTpuCompilation": "edgetpu_compiler",
+    "EdgeTpuLog": "edgetpu_compiler",
+    "EdgeTpuReport": "edgetpu",
+    "EthosUCompilation": "ethosu",
     "Evaluation": "evaluation",
     "ExportError": "errors",
     "ExportResult": "convert",
@@ -62,9 +95,16 @@ _MODULE_BY_NAME = {
     "TfliteExportError": "errors",
     "TfliteModel": "flatbuffer",
     "benchmark": "benchmarking",
+    "check_edgetpu": "edgetpu",
+    "compile_edgetpu": "edgetpu_compiler",
+    "compile_ethosu": "ethosu",
     "evaluate": "evaluation",
     "export": "convert",
     "export_many": "convert",
+    "open_device": "devices",
+    "parse_edgetpu_output": "edgetpu_compiler",
+    "read_benchmark_log": "benchmark_model",
+    "read_edgetpu_log": "edgetpu_compiler",
     "read_flatbuffer": "flatbuffer",
     "run_tflite": "evaluation",
 }

@@ -1,8 +1,5 @@
 """Keras 3 models to checked `.tflite` files. The conversion itself runs in a worker process (`_converter.py`)."""
 
-import os
-import secrets
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from tflite_export._converter import N_PROBES, check_model
+from tflite_export._converter import INTEGER_SCHEMES, N_PROBES, check_model
 from tflite_export.calibration import Calibration, collect
-from tflite_export.errors import DataError, ModelError, OptionError, OutputError
+from tflite_export.edgetpu import check_edgetpu
+from tflite_export.errors import DataError, ExportError, ModelError, OptionError, OutputError
+from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer
 from tflite_export.worker import ExportWorker, temporary_files_error
 
 Progress = Callable[[int, int, str], None]
 
-_SCHEMES = ("float32", "int8")
-_IO_DTYPES = ("int8", "uint8", "float32")
+_SCHEMES = {
+    "float32": ("float32",),
+    "float16": ("float32",),
+    "dynamic": ("float32",),
+    "int8": ("int8", "uint8", "float32"),
+    "int16x8": ("int16", "float32"),
+}
+"""Types that inputs and outputs may have, the default first."""
+
+_TARGETS = ("edgetpu",)
 _STEPS_PER_MODEL = 5  # save, load, convert, check, write
 
 
@@ -34,10 +41,10 @@ class ExportResult:
         path: the `.tflite` file.
         size_bytes: its size.
         sha256: its hash; the same model and calibration data give the same one.
-        quantize: "float32" or "int8".
+        quantize: the scheme that was asked for.
         input_dtype: type of the inputs and outputs.
         operators: how often each operator occurs.
-        float_tensors: of an int8 file, the tensors that stayed float32 without being asked for.
+        float_tensors: of an integer file, the tensors that stayed float32 without being asked for.
         float_operators: the operators that compute on them.
         select_operators: operators that need TensorFlow inside the runtime; always empty, since such files are refused.
         input_names: names in the signature "serving_default".
@@ -106,7 +113,8 @@ def export(
     quantize: str = "float32",
     calibration: Any = None,
     calibration_limit: int = 500,
-    input_dtype: str = "int8",
+    input_dtype: str | None = None,
+    target: str | None = None,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -119,12 +127,16 @@ def export(
     Args:
         model: a `keras.Model`, or the path of a `.keras` file.
         path: the file to write.
-        quantize: "float32", or "int8" for integer weights (a scale per channel), activations, inputs and outputs.
-        calibration: images as the model takes them; int8 sets its ranges by them. An array of shape (n, ...), a
-            `tf.data.Dataset`, a Keras `PyDataset` or any iterable of batches; of `(x, y)` batches x is used; a dict of
-            arrays by input name for several inputs.
+        quantize: "float32"; "float16" (weights stored in half); "dynamic" (weights stored in 8 bits, computed with in
+            float where a kernel has no other way); "int8" for integer weights (a scale per channel), activations,
+            inputs and outputs; "int16x8" (activations of 16 bits, weights of 8).
+        calibration: images as the model takes them; int8 and int16x8 set their ranges by them. An array of shape
+            (n, ...), a `tf.data.Dataset`, a Keras `PyDataset` or any iterable of batches; of `(x, y)` batches x is
+            used; a dict of arrays by input name for several inputs.
         calibration_limit: use at most this many images, spread evenly over an array, else the first ones.
-        input_dtype: for int8, the type of inputs and outputs: "int8", "uint8" or "float32".
+        input_dtype: type of inputs and outputs: for int8 "int8" (default), "uint8" or "float32"; for int16x8 "int16"
+            (default) or "float32"; else "float32".
+        target: "edgetpu" writes int8 as its compiler takes it and notes what it would map; None for any runtime.
         force: whether an existing file is replaced.
         worker: a worker process to share with other calls; by default one of its own.
         progress: called with (steps done, steps in all, what comes next).
@@ -146,6 +158,7 @@ def export(
         calibration=calibration,
         calibration_limit=calibration_limit,
         input_dtype=input_dtype,
+        target=target,
         force=force,
         worker=worker,
         progress=progress,
@@ -159,7 +172,8 @@ def export_many(
     quantize: str = "float32",
     calibration: Any = None,
     calibration_limit: int = 500,
-    input_dtype: str = "int8",
+    input_dtype: str | None = None,
+    target: str | None = None,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -173,6 +187,7 @@ def export_many(
         calibration: as in `export`.
         calibration_limit: as in `export`.
         input_dtype: as in `export`.
+        target: as in `export`.
         force: as in `export`.
         worker: as in `export`.
         progress: as in `export`; counts the steps of all models.
@@ -184,20 +199,22 @@ def export_many(
         TfliteExportError: as in `export`; the files of the models before the one that failed stay.
     """
     jobs = [_Job(model, Path(path)) for model, path in models]
-    _check_options(quantize, input_dtype, calibration, calibration_limit)
+    input_dtype = _checked_dtype(quantize, input_dtype, target)
+    _check_calibration(quantize, calibration, calibration_limit)
     for job in jobs:
         _check_source(job)
-        _check_target(job.path, force=force)
+        check_target(job.path, force=force)
     if len({job.path.resolve() for job in jobs}) < len(jobs):
         raise OptionError("two models are to be written to the same path: give each its own.")
     if not jobs:
         return ()
     # Without quantization they only serve to compare the outputs.
-    limit = N_PROBES if quantize == "float32" else calibration_limit
+    limit = calibration_limit if quantize in INTEGER_SCHEMES else N_PROBES
     images = None if calibration is None else collect(calibration, limit)
     steps = _Steps(progress, _STEPS_PER_MODEL * len(jobs))
     with _work_folder() as folder, _running(worker) as converter:
-        request = {"quantize": quantize, "input_dtype": input_dtype} | _save_calibration(images, folder)
+        scheme = {"quantize": quantize, "input_dtype": input_dtype, "target": target}
+        request = scheme | _save_calibration(images, folder)
         results: list[ExportResult] = []
         for number, job in enumerate(jobs):
             model_request = request | _save_model(job, folder / f"{number}.keras", steps)
@@ -218,16 +235,25 @@ class _Steps:
         self._done += 1
 
 
-def _check_options(quantize: str, input_dtype: str, calibration: Any, calibration_limit: int) -> None:
+def _checked_dtype(quantize: str, input_dtype: str | None, target: str | None) -> str:
+    """Return the type of inputs and outputs."""
     if quantize not in _SCHEMES:
-        raise OptionError(f"quantize must be one of {_SCHEMES}, not {quantize!r}.")
-    if input_dtype not in _IO_DTYPES:
-        raise OptionError(f"input_dtype must be one of {_IO_DTYPES}, not {input_dtype!r}.")
+        raise OptionError(f"quantize must be one of {tuple(_SCHEMES)}, not {quantize!r}.")
+    if input_dtype not in (None, *_SCHEMES[quantize]):
+        raise OptionError(f"input_dtype must be one of {_SCHEMES[quantize]} for {quantize}, not {input_dtype!r}.")
+    if target not in (None, *_TARGETS):
+        raise OptionError(f"target must be one of {_TARGETS} or None, not {target!r}.")
+    if target == "edgetpu" and quantize != "int8":
+        raise OptionError(f'the Edge TPU runs int8 alone: give quantize="int8", not {quantize!r}.')
+    return input_dtype or _SCHEMES[quantize][0]
+
+
+def _check_calibration(quantize: str, calibration: Any, calibration_limit: int) -> None:
     if calibration_limit < 1:
         raise OptionError(f"calibration_limit must be at least 1, not {calibration_limit}.")
-    if quantize == "int8" and calibration is None:
+    if quantize in INTEGER_SCHEMES and calibration is None:
         raise DataError(
-            "int8 export needs calibration images to set the ranges of the activations: "
+            f"{quantize} export needs calibration images to set the ranges of the activations: "
             "give calibration=images, about 100 of those that the model was trained on."
         )
 
@@ -250,15 +276,6 @@ def _check_source(job: _Job) -> None:
     if "keras" not in modules or not hasattr(job.model, "layers"):
         raise ModelError(f"expected a keras.Model or the path of a .keras file, but got {type(job.model).__name__}.")
     check_model(job.model)
-
-
-def _check_target(path: Path, *, force: bool) -> None:
-    if path.is_dir():
-        raise OutputError(f"cannot write '{path}': it is a folder, give the name of a file in it.")
-    if path.exists() and not force:
-        raise OutputError(f"'{path}' exists already: give force=True to replace it, or another name.")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write '{path}': there is no folder '{path.parent}', make it first.")
 
 
 @contextmanager
@@ -342,12 +359,13 @@ def _write(
     steps: _Steps,
 ) -> ExportResult:
     steps.next(f"{job.label}: writing '{job.path}'")
-    _place(made, job.path)
+    told = [_edgetpu_note(made, job.label)] if request["target"] == "edgetpu" else []
+    place(made, job.path)
     made.unlink()
     file = read_flatbuffer(job.path)
     if file.sha256 != answer["sha256"]:
         raise OutputError(f"'{job.path}' does not hold what was written to it: check the disk.")
-    notes = (images.note,) if images and images.note and request["quantize"] != "float32" else ()
+    notes = [images.note] if images and images.note and request["quantize"] in INTEGER_SCHEMES else []
     fields = answer | {key: tuple(value) for key, value in answer.items() if isinstance(value, list)}
     return ExportResult(
         **fields
@@ -355,22 +373,24 @@ def _write(
             "path": job.path,
             "size_bytes": file.size_bytes,
             "quantize": request["quantize"],
-            "input_dtype": request["input_dtype"] if request["quantize"] == "int8" else "float32",
-            "notes": (*notes, *answer["notes"]),
+            "input_dtype": request["input_dtype"],
+            "notes": (*notes, *told, *answer["notes"]),
         }
     )
 
 
-def _place(made: Path, path: Path) -> None:
-    """Copy a finished file to its place: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with made.open("rb") as source, temporary.open("xb") as target:
-            shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _edgetpu_note(made: Path, label: str) -> str:
+    """Return what the Edge TPU would run of a file.
+
+    Raises:
+        ExportError: nothing of it, or its compiler cannot read it.
+    """
+    report = check_edgetpu(made)
+    if report.rejections or not report.n_mapped:
+        reasons = [*report.rejections, *report.advice] or [one.reason for one in report.operators]
+        raise ExportError(f"the Edge TPU cannot run {label}: {' '.join(reasons[:3])}")
+    mapped = f"the Edge TPU maps {report.n_mapped} of {len(report.operators)} operators, by the documented rules"
+    if report.blocker is None:
+        return mapped
+    operator = report.blocker.operator
+    return f"{mapped}; stopped by {operator.name} '{operator.output}' ({operator.reason})"

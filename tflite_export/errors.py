@@ -31,3 +31,7 @@ class OutputError(TfliteExportError, OSError):
 
 class DeviceError(TfliteExportError, RuntimeError):
     """A device that is unknown, absent, or unable to run a file."""
+
+
+class CompilerError(TfliteExportError, RuntimeError):
+    """A vendor's compiler that is not installed or failed, a log that is none, or a file that is compiled already."""

@@ -7,12 +7,15 @@ gives a `FlatbufferError`: no crash, no endless loop, no huge allocation.
 
 import functools
 import hashlib
+import inspect
 import math
+import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,12 @@ _ITEM_BITS = {
     "uint64": 64,
     "bool": 8,
 }
+# Options of operators that are numbers in the file and names in the schema.
+_OPTION_ENUMS = {
+    "fused_activation_function": "ActivationFunctionType",
+    "padding": "Padding",
+    "weights_format": "FullyConnectedOptionsWeightsFormat",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Tensor:
 
     `scales` and `zero_points` are empty where the tensor is not quantized, hold one value each where it is quantized
     as a whole, and one value per index of `axis` where per channel: real = scale * (stored - zero_point).
+    `data` is where in the file the bytes of a constant stand: (first, one past the last); see `read_constant`.
     """
 
     name: str
@@ -60,13 +70,15 @@ class Tensor:
     scales: tuple[float, ...] = ()
     zero_points: tuple[int, ...] = ()
     axis: int | None = None
+    data: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Operator:
     """One operator: its name (the custom code where `custom`), version, and the indices of its tensors.
 
-    An optional input that is left out has the index -1.
+    An optional input that is left out has the index -1. `options` are the scalar ones of the schema, in snake case:
+    numbers, and names of activation functions, paddings and weight formats; empty where the operator has none.
     """
 
     name: str
@@ -74,6 +86,7 @@ class Operator:
     custom: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -166,29 +179,31 @@ class TfliteModel:
         return tuple(name for name in self.custom_operators if name.startswith("Flex"))
 
 
-def read_flatbuffer(source: str | Path | bytes) -> TfliteModel:
+def read_flatbuffer(source: str | Path | bytes, *, name: str | None = None) -> TfliteModel:
     """Read and check a `.tflite` file.
 
     Args:
         source: path of the file, or its bytes.
+        name: what errors and tables call it where `source` is bytes.
 
     Raises:
         FlatbufferError: the file cannot be read, is no `.tflite` file, is cut short, or contradicts itself.
     """
-    name = "these bytes" if isinstance(source, bytes) else f"'{source}'"
-    data = source if isinstance(source, bytes) else _read_bytes(Path(source))
+    given = name if isinstance(source, bytes) else str(source)
+    label = "these bytes" if given is None else f"'{given}'"
+    data = source if isinstance(source, bytes) else read_bytes(Path(source))
     if len(data) < 8 or data[4:8] != _IDENTIFIER:
-        raise FlatbufferError(f"{name} is no .tflite file: the identifier 'TFL3' is missing at byte 4.")
+        raise FlatbufferError(f"{label} is no .tflite file: the identifier 'TFL3' is missing at byte 4.")
     try:
         subgraphs, signatures = _Reader(data).read()
     except FlatbufferError as error:
-        raise FlatbufferError(f"{name} is a damaged .tflite file: {error}. Make or copy it again.") from error
+        raise FlatbufferError(f"{label} is a damaged .tflite file: {error}. Make or copy it again.") from error
     except _MALFORMED as error:
         raise FlatbufferError(
-            f"{name} is a damaged .tflite file: an offset in it leads nowhere ({error}). Make or copy it again."
+            f"{label} is a damaged .tflite file: an offset in it leads nowhere ({error}). Make or copy it again."
         ) from error
     return TfliteModel(
-        source="<bytes>" if isinstance(source, bytes) else str(source),
+        source="<bytes>" if given is None else given,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         subgraphs=subgraphs,
@@ -196,7 +211,31 @@ def read_flatbuffer(source: str | Path | bytes) -> TfliteModel:
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_constant(data: bytes, tensor: Tensor) -> np.ndarray:
+    """Return the stored values of a constant, of the tensor's shape.
+
+    Args:
+        data: the bytes of the file that `tensor` was read from.
+        tensor: a constant of whole bytes (no 4-bit one).
+
+    Raises:
+        FlatbufferError: it is no such constant.
+    """
+    if tensor.data is None or _ITEM_BITS.get(tensor.dtype, 4) < 8 or tensor.dtype == "bfloat16":
+        raise FlatbufferError(f"tensor '{_short(tensor.name)}' of type {tensor.dtype} holds no constant to read.")
+    values = np.frombuffer(data[slice(*tensor.data)], tensor.dtype)
+    size = math.prod(tensor.shape)
+    if values.size < size:
+        raise FlatbufferError(f"tensor '{_short(tensor.name)}' of shape {tensor.shape} is stored sparse.")
+    return values[:size].reshape(tensor.shape)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        FlatbufferError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -221,8 +260,23 @@ def _enum_names(enum: str) -> dict[int, str]:
     return {value: name for name, value in vars(getattr(_schema(), enum)).items() if isinstance(value, int)}
 
 
+@functools.cache
+def _option_names(options: str) -> tuple[tuple[str, str], ...]:
+    """Return (accessor, name in snake case) of the scalar options in a class of the schema."""
+    methods = [name for name, value in vars(getattr(_schema(), options)).items() if inspect.isfunction(value)]
+    vectors = {name.removesuffix("Length") for name in methods if name.endswith("Length")}
+    accessors = [
+        name for name in methods if name != "Init" and not any(name == v or name.startswith(f"{v}As") for v in vectors)
+    ]
+    scalars = [name for name in accessors if not name.endswith(("Length", "IsNone"))]
+    return tuple(
+        (name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()) for name in scalars
+    )
+
+
 @dataclass(frozen=True)
 class _Buffer:
+    start: int
     size: int
     constant: bool
 
@@ -232,6 +286,7 @@ class _Reader:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self._address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
         self._budget = _READS_PER_BYTE * len(data)
 
     def read(self) -> tuple[tuple[Subgraph, ...], tuple[Signature, ...]]:
@@ -276,12 +331,14 @@ class _Reader:
 
     def _buffer(self, buffer: Any) -> _Buffer:
         if buffer.DataLength():
-            return _Buffer(len(buffer.DataAsNumpy()), True)  # NumPy refuses a slice that ends outside the file
+            values = buffer.DataAsNumpy()  # NumPy refuses a slice that ends outside the file
+            start = values.__array_interface__["data"][0] - self._address
+            return _Buffer(start, len(values), True)
         # Models over 2 GB keep their weights behind the flatbuffer; 0 and 1 mean that there is none.
         start, size = buffer.Offset(), buffer.Size()
         if start > 1 and start + size > len(self._data):
             raise FlatbufferError("a buffer ends outside the file")
-        return _Buffer(size, start > 1)
+        return _Buffer(start, size, start > 1)
 
     def _subgraph(self, table: Any, codes: list[tuple[str, int, bool]], buffers: list[_Buffer]) -> Subgraph:
         tensors = tuple(self._tensor(tensor, buffers) for tensor in self._tables(table, "Tensors"))
@@ -310,7 +367,8 @@ class _Reader:
         if buffer.constant and bits and table.Sparsity() is None and 8 * buffer.size < bits * math.prod(shape):
             raise FlatbufferError(f"tensor '{_short(name)}' of shape {shape} has only {buffer.size} bytes")
         scales, zero_points, axis = self._quantization(table.Quantization(), name, shape)
-        return Tensor(name, shape, dtype.lower(), buffer.constant, scales, zero_points, axis)
+        data = (buffer.start, buffer.start + buffer.size) if buffer.constant else None
+        return Tensor(name, shape, dtype.lower(), buffer.constant, scales, zero_points, axis, data)
 
     def _quantization(
         self, table: Any, name: str, shape: tuple[int, ...]
@@ -338,7 +396,24 @@ class _Reader:
             custom=custom,
             inputs=self._indices(table, "Inputs", n_tensors, lowest=-1),
             outputs=self._indices(table, "Outputs", n_tensors),
+            options=self._options(table),
         )
+
+    def _options(self, table: Any) -> Mapping[str, Any]:
+        kind, stored = _enum_names("BuiltinOptions").get(table.BuiltinOptionsType(), "NONE"), table.BuiltinOptions()
+        if kind == "NONE" or stored is None:
+            return MappingProxyType({})
+        if not 0 < stored.Pos < len(self._data):
+            raise FlatbufferError("the options of an operator lie outside the file")
+        options = getattr(_schema(), kind)()
+        options.Init(stored.Bytes, stored.Pos)
+        names = _option_names(kind)
+        values = {name: getattr(options, accessor)() for accessor, name in names}
+        self._charge(sum(len(value) if isinstance(value, bytes) else 1 for value in values.values()))
+        for name in _OPTION_ENUMS.keys() & values.keys():
+            values[name] = _enum_names(_OPTION_ENUMS[name]).get(values[name], str(values[name]))
+        # texts are names of variables; nested tables are of no use to anyone yet
+        return MappingProxyType({name: value for name, value in values.items() if isinstance(value, int | float | str)})
 
     def _indices(self, table: Any, field: str, n_tensors: int, *, lowest: int = 0) -> tuple[int, ...]:
         indices = tuple(self._numbers(table, field).tolist())

@@ -1,4 +1,4 @@
-"""Make trained Keras 3 vision models shallower: merge whole blocks into single layers.
+"""Make trained Keras 3 vision models shallower and narrower: merge whole blocks into single layers, cut channels.
 
 The names below are loaded when they are first used: importing this package, or its pure modules, loads no Keras.
 """
@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from updp_tf.affine import AffineConv
     from updp_tf.blocks import Blocks, find_blocks
     from updp_tf.errors import (
         BudgetError,
@@ -16,17 +17,23 @@ if TYPE_CHECKING:
         ModelError,
         OutputError,
         PlanError,
+        RuleError,
         ShapeError,
         UpdpError,
     )
+    from updp_tf.expansions import register_expansion
     from updp_tf.forms import register_form
+    from updp_tf.isomorphic.couplings import Coupling, per_channel, register_coupling
     from updp_tf.mending import fold_norms, reestimate_norms, refit
+    from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
     from updp_tf.pruning import Options, merge, prune, search
     from updp_tf.reporting import PruningReport, summary
+    from updp_tf.rules import Unsupported, register_activation, register_linear
     from updp_tf.scoring import CalibrationWarning
 
 _MODULE_BY_NAME = {
+    "AffineConv": "affine",
     "Blocks": "blocks",
     "find_blocks": "blocks",
     "BudgetError": "errors",
@@ -36,12 +43,19 @@ _MODULE_BY_NAME = {
     "ModelError": "errors",
     "OutputError": "errors",
     "PlanError": "errors",
+    "RuleError": "errors",
     "ShapeError": "errors",
     "UpdpError": "errors",
+    "register_expansion": "expansions",
     "register_form": "forms",
+    "Coupling": "isomorphic.couplings",
+    "per_channel": "isomorphic.couplings",
+    "register_coupling": "isomorphic.couplings",
     "fold_norms": "mending",
     "reestimate_norms": "mending",
     "refit": "mending",
+    "NarrowingReport": "narrowing",
+    "narrow": "narrowing",
     "Plan": "planning",
     "Options": "pruning",
     "PruningReport": "reporting",
@@ -49,31 +63,45 @@ _MODULE_BY_NAME = {
     "prune": "pruning",
     "search": "pruning",
     "summary": "reporting",
+    "Unsupported": "rules",
+    "register_activation": "rules",
+    "register_linear": "rules",
     "CalibrationWarning": "scoring",
 }
 
 __all__ = [
+    "AffineConv",
     "Blocks",
     "BudgetError",
     "CalibrationError",
     "CalibrationWarning",
+    "Coupling",
     "FormError",
     "MergeError",
     "ModelError",
+    "NarrowingReport",
     "Options",
     "OutputError",
     "Plan",
     "PlanError",
     "PruningReport",
+    "RuleError",
     "ShapeError",
+    "Unsupported",
     "UpdpError",
     "find_blocks",
     "fold_norms",
     "merge",
+    "narrow",
+    "per_channel",
     "prune",
     "reestimate_norms",
     "refit",
+    "register_activation",
+    "register_coupling",
+    "register_expansion",
     "register_form",
+    "register_linear",
     "search",
     "summary",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,31 @@ class Call:
     is_input: bool
 
 
+def kind_of(layer_type: type) -> str:
+    """Return the class name of a stock Keras layer or operation, and the full name of any other class.
+
+    So a class of somebody else's that happens to be called Conv2D is never taken for Keras' own.
+    """
+    if layer_type.__module__.partition(".")[0] == "keras":
+        return layer_type.__name__
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
+
+
 def as_functional(model: Any) -> Any | None:
-    """Return the Functional model behind `model` (itself, or a built Sequential's), or None for anything else."""
+    """Return the Functional model behind `model` (itself, or a built Sequential's), or None for anything else.
+
+    A model with a `call` of its own computes what that says, whatever calls it was built from.
+    """
     if isinstance(model, keras.Sequential):
-        return model._functional
-    if isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth"):
+        return model._functional if _has_stock_call(model) else None
+    if isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth") and _has_stock_call(model):
         return model
     return None
+
+
+def _has_stock_call(model: Any) -> bool:
+    definer = next(cls for cls in type(model).__mro__ if "call" in vars(cls))
+    return definer.__module__.partition(".")[0] == "keras"
 
 
 def calls(functional: Any) -> Iterator[Call]:
@@ -36,6 +55,31 @@ def calls(functional: Any) -> Iterator[Call]:
     """
     for depth in sorted(functional._nodes_by_depth, reverse=True):
         for node in functional._nodes_by_depth[depth]:
+            arguments = node.arguments
+            yield Call(node.operation, arguments.args, arguments.kwargs, tuple(node.outputs), node.is_input)
+
+
+def calls_between(inputs: Iterable[Any], outputs: Iterable[Any]) -> Iterator[Call]:
+    """Yield the calls that lead from some symbolic tensors to others, each after the calls it reads.
+
+    Without a model around them: a Functional model wants every layer's name to be unique.
+    """
+    done = {id(tensor) for tensor in inputs}
+    for output in outputs:
+        waiting = [output]
+        while waiting:
+            tensor = waiting[-1]
+            if id(tensor) in done:
+                waiting.pop()
+                continue
+            history = tensor._keras_history
+            node = history.operation._inbound_nodes[history.node_index]
+            missing = [one for one in node.arguments.keras_tensors if id(one) not in done]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            done |= {id(one) for one in node.outputs}
             arguments = node.arguments
             yield Call(node.operation, arguments.args, arguments.kwargs, tuple(node.outputs), node.is_input)
 
@@ -58,3 +102,21 @@ def producer(tensor: Any) -> Any:
 def n_calls(layer: Any) -> int:
     """How often a layer was called symbolically, by any model."""
     return len(layer._inbound_nodes)
+
+
+@contextmanager
+def calls_forgotten(layer: Any) -> Iterator[None]:
+    """Take back every call that is recorded meanwhile on a layer, the layers inside it, and those they read from."""
+    holders = [layer, *layer._flatten_layers(include_self=False)]
+    before = [(one, len(one._inbound_nodes), len(one._outbound_nodes)) for one in holders]
+    try:
+        yield
+    finally:
+        for one, n_inbound, n_outbound in before:
+            del one._inbound_nodes[n_inbound:]
+            del one._outbound_nodes[n_outbound:]
+
+
+def lambda_output_shape(layer: Any) -> Any:
+    """The `output_shape` that a Lambda layer was made with."""
+    return layer._output_shape

@@ -61,6 +61,25 @@ class Activation:
         return self.function(np.asarray(z, dtype=np.float64))
 
 
+@dataclass(frozen=True)
+class OwnActivation(Activation):
+    """An element-wise function of the user's: a NumPy function that is smooth but at 0.
+
+    Attributes:
+        own: returns the function of every element of a float64 array.
+    """
+
+    own: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+    def __post_init__(self) -> None:
+        pass  # the name is not one of `ACTIVATIONS`
+
+    @property
+    def function(self) -> Smooth:
+        """What computes it."""
+        return Smooth(self.own)
+
+
 def make_activation(name: str, **parameters: float) -> Activation | None:
     """Return the named function, or None if this package does not know the name.
 

@@ -196,6 +196,13 @@ def from_padding(channels: int, padding: Padding) -> AffineConv:
     return replace(identity(channels), padding=padding)
 
 
+def is_identity(conv: AffineConv) -> bool:
+    """Return whether a map is written as the identity: one 1 per channel, nothing else."""
+    if conv.strides != (1, 1) or conv.kernel_size != (1, 1) or conv.pads or conv.c_in != conv.c_out:
+        return False
+    return conv.groups == conv.c_in and bool(np.all(conv.kernel == 1.0)) and not conv.bias.any()
+
+
 # Using maps
 
 
@@ -489,7 +496,24 @@ def composed_geometry(maps: Iterable[AffineConv]) -> Geometry:
                 f"Cannot compose {first!r} with {second!r}: the first writes {first.c_out} channels, "
                 f"the second reads {second.c_in}."
             )
-    return reduce(_compose_geometry, map(_geometry, chain))
+    return reduce(compose_geometry, map(_geometry, chain))
+
+
+def compose_geometry(first: Geometry, second: Geometry) -> Geometry:
+    """Return what `second` after `first` reads: strides multiply, kernel and padding grow by the first one's stride."""
+    (h1, w1), (h2, w2) = first.kernel_size, second.kernel_size
+    sh, sw = first.strides
+    inner, outer = first.padding, second.padding
+    return Geometry(
+        kernel_size=(h1 + sh * (h2 - 1), w1 + sw * (w2 - 1)),
+        strides=(sh * second.strides[0], sw * second.strides[1]),
+        padding=(
+            inner[0] + sh * outer[0],
+            inner[1] + sh * outer[1],
+            inner[2] + sw * outer[2],
+            inner[3] + sw * outer[3],
+        ),
+    )
 
 
 # Borders
@@ -720,22 +744,6 @@ def _geometry(conv: AffineConv) -> Geometry:
     return Geometry(conv.effective_size, conv.strides, conv.padding)
 
 
-def _compose_geometry(first: Geometry, second: Geometry) -> Geometry:
-    (h1, w1), (h2, w2) = first.kernel_size, second.kernel_size
-    sh, sw = first.strides
-    inner, outer = first.padding, second.padding
-    return Geometry(
-        kernel_size=(h1 + sh * (h2 - 1), w1 + sw * (w2 - 1)),
-        strides=(sh * second.strides[0], sw * second.strides[1]),
-        padding=(
-            inner[0] + sh * outer[0],
-            inner[1] + sh * outer[1],
-            inner[2] + sw * outer[2],
-            inner[3] + sw * outer[3],
-        ),
-    )
-
-
 def _reads_outside(first: Geometry, second: AffineConv, axis: int, size: int | None) -> tuple[bool, bool]:
     """Say, on one axis, whether `second` reads outside of `first`'s output, and whether `first` sees the image there.
 
@@ -769,7 +777,7 @@ def _require_exact_but_for_biases(maps: Sequence[AffineConv], height: int, width
                 f"No constant map repairs the border: map {index}, {conv!r}, pads what the maps before it have made of "
                 f"{prefix.kernel_size} pixels each. Move the padding to the front, or fit instead of composing."
             )
-        prefix = _compose_geometry(prefix, _geometry(conv))
+        prefix = compose_geometry(prefix, _geometry(conv))
 
 
 @dataclass(frozen=True)

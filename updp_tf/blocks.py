@@ -1,24 +1,32 @@
 """Find the blocks of a graph by structure, or say why a place is none.
 
 Two patterns are looked for, and no name is ever read. A *residual* block is everything between a tensor and the Add
-where its two paths meet again. A *chain* block is a run of linear layers with activations between them, cut where
-one linear layer follows another (a linear bottleneck), after a depthwise layer's pointwise, or after two dense ones.
+where the two paths from it meet again, whatever is inside: one tensor in, one out. A *chain* block is a run of linear
+layers with activations between them, cut where one linear layer follows another (a linear bottleneck), after a
+depthwise layer's pointwise, or after two dense ones; a gate (a tensor times what is computed from it) counts as an
+activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, overload
 
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv, Geometry
 from updp_tf.errors import ModelError
+from updp_tf.expansions import expand
 from updp_tf.graph import n_elements, read_graph, split_activations
-from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal, Stage, refs_in
+from updp_tf.reach import ELEMENTWISE, NoWindow, special_tokens, window_of
+from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal, Stage, block_name, refs_in
 
 JOINS = frozenset({"Add"})
 """Kinds whose two inputs are summed: layers.Add and the `+` of two tensors."""
+
+GATES = frozenset({"Multiply"})
+"""Kinds that close a gate: layers.Multiply and the `*` of two tensors."""
 
 
 class Blocks(Sequence[Block]):
@@ -52,6 +60,59 @@ class Blocks(Sequence[Block]):
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks)
 
+    def spans(self, max_length: int = 3) -> tuple[Block, ...]:
+        """Return every run of two or more consecutive blocks as one block that a single form might replace.
+
+        Blocks are consecutive where one reads what the other writes, with norms and activations between them at most,
+        and nobody else reads what lies inside. A span of blocks with identity skips has one too; it is never
+        linearizable, so it is only fitted.
+
+        Args:
+            max_length: of a span, in blocks.
+        """
+        found: list[Block] = []
+        links = {link.first: link for link in self._links}
+        for block in self._blocks:
+            run: list[Block] = [block]
+            between: list[str] = []
+            while len(run) < max_length and (link := links.get(run[-1].name)) is not None:
+                run.append(self[link.second])
+                between += link.between
+                found.append(_span(self.graph, run, between, self._liveness))
+        return tuple(found)
+
+    def joined(self, members: Iterable[Sequence[str]]) -> Blocks:
+        """Return the blocks with spans in the place of their members.
+
+        Args:
+            members: names of each span's blocks; a single name leaves that block as it is.
+
+        Raises:
+            ModelError: names that are no consecutive blocks, or one that is in two spans.
+        """
+        wanted = [tuple(names) for names in members if len(names) > 1]
+        if not wanted:
+            return self
+        known = {span.members: span for span in self.spans(max_length=max(map(len, wanted)))}
+        gone: set[str] = set()
+        for names in wanted:
+            if names not in known or gone & set(names):
+                raise ModelError(f"{', '.join(names)} are no consecutive blocks of '{self.graph.name}', each once.")
+            gone |= set(names)
+        left = [block for block in self._blocks if block.name not in gone] + [known[names] for names in wanted]
+        left.sort(key=lambda block: self.graph.position[block.nodes[-1]])
+        return Blocks(self.graph, left, self.skipped)
+
+    @cached_property
+    def _liveness(self) -> Liveness:
+        return liveness(self.graph)
+
+    @cached_property
+    def _links(self) -> tuple[_Pair, ...]:
+        block_by_exit = {block.exit: block for block in self._blocks}
+        pairs = (_pair(self.graph, block_by_exit, block) for block in self._blocks)
+        return tuple(pair for pair in pairs if pair is not None)
+
     def __str__(self) -> str:
         rows = [("block", "shape", "skip", "kernel", "layers", "MACs (M)")]
         for block in self._blocks:
@@ -64,6 +125,63 @@ class Blocks(Sequence[Block]):
         return "\n".join([*lines, *(f"skipped  {refusal}" for refusal in self.skipped)])
 
     __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two consecutive blocks, and the calls between them."""
+
+    first: str
+    second: str
+    between: tuple[str, ...]
+
+
+def _pair(graph: ModelGraph, block_by_exit: Mapping[Ref, Block], second: Block) -> _Pair | None:
+    """Return the block in front of another one, None where there is none or where others read what it writes."""
+    between: list[str] = []
+    ref = second.entry
+    while (first := block_by_exit.get(ref)) is None:
+        node = graph.by_name[ref.node]
+        plain = node.kind in rules.ACTIVATIONS or node.kind in rules.NORMS or rules.is_passive(node)
+        if not plain or len(node.inputs) != 1:
+            return None
+        between.append(node.name)
+        (ref,) = node.inputs
+    inside = {*between, *second.nodes}
+    for name in (first.name, *between):
+        if Ref(name) in graph.output_refs or not set(graph.readers[Ref(name)]) <= inside:
+            return None
+    return _Pair(first.name, second.name, tuple(reversed(between)))
+
+
+def _span(graph: ModelGraph, run: Sequence[Block], between: Sequence[str], live: Liveness) -> Block:
+    first, last = run[0], run[-1]
+    inside = {*between, *(name for block in run for name in block.nodes)}
+    nodes = tuple(sorted(inside, key=graph.position.__getitem__))
+    name = block_name([block.name for block in run])
+    has_skip = all(block.skip_kind == "identity" for block in run)
+    geometry, refusal = _window(graph, name, nodes, first.entry, last.exit)
+    return Block(
+        name=name,
+        nodes=nodes,
+        body=tuple(one for one in nodes if not has_skip or one != last.join),
+        entry=first.entry,
+        exit=last.exit,
+        entry_shape=first.entry_shape,
+        exit_shape=last.exit_shape,
+        skip=first.skip if has_skip else None,
+        skip_nodes=(),
+        join=last.join if has_skip else None,
+        geometry=geometry,
+        linear_refusal=Refusal(name, "linear", "it is more than one block, which is only fitted"),
+        cost=replace(cost_of(graph, nodes), activation_bytes=max(live.total[one] for one in nodes)),
+        skip_cost=Cost(),
+        live_bytes=max(live.total[one] - live.of(one, inside) for one in nodes),
+        geometry_refusal=refusal,
+        skip_exit=last.skip_exit if has_skip else None,
+        special_tokens=first.special_tokens,
+        members=tuple(block.name for block in run),
+    )
 
 
 def _size(shape: tuple[int | None, ...]) -> str:
@@ -86,8 +204,12 @@ def find_blocks(model: Any) -> Blocks:
 
 
 def prepared_graph(model: Any) -> ModelGraph:
-    """Read a model the way blocks are found in it: activations that layers apply themselves are calls of their own."""
-    return split_activations(read_graph(model), kinds=rules.SPLITTABLE)
+    """Read a model the way blocks are found in it.
+
+    Composite layers are replaced by what they are made of, and activations that layers apply themselves are calls of
+    their own.
+    """
+    return split_activations(expand(read_graph(model)), kinds=rules.SPLITTABLE)
 
 
 def find_blocks_in(graph: ModelGraph) -> Blocks:
@@ -130,13 +252,14 @@ def _parse(graph: ModelGraph, names: Sequence[str], entry: Ref) -> tuple[Stage, 
     for name in names:
         node = graph.by_name[name]
         if node.inputs != (read,):
-            raise _NotLinear(f"'{name}' reads {len(node.inputs)} tensors")
+            reason = f"reads {len(node.inputs)} tensors" if len(node.inputs) != 1 else "is on another branch"
+            raise _NotLinear(f"'{name}' {reason}")
         shape = graph.shape(read)
         read = Ref(name)
         try:
             if rules.is_passive(node):
                 continue
-            if (linear := rules.linear_maps(node, shape)) is not None:
+            if (linear := _subsampling(node) or rules.linear_maps(node, shape)) is not None:
                 maps += linear
                 last_norm = None
             elif (norm := rules.norm(node, shape)) is not None:
@@ -148,7 +271,7 @@ def _parse(graph: ModelGraph, names: Sequence[str], entry: Ref) -> tuple[Stage, 
                 stages.append(Stage(tuple(maps) or (identity,), function, *moments))
                 maps, last_norm = [], None
             else:
-                raise _NotLinear(f"'{name}' is a {node.kind}, which has no linear rule")
+                raise _NotLinear(f"'{name}' {rules.why_unknown(node)}")
         except rules.Unsupported as error:
             raise _NotLinear(f"'{name}' {error}") from error
     if maps:
@@ -160,6 +283,28 @@ def _after(maps: list[AffineConv], norm: rules.Norm) -> list[AffineConv]:
     if maps:
         return [affine.fold_norm_after(maps[0], norm.scale, norm.shift)]
     return [affine.from_scale(norm.scale, norm.shift)]
+
+
+def _subsampling(node: Node) -> tuple[AffineConv, ...] | None:
+    """Pooling of single pixels with strides, as a skip of ResNetV2 has it: it takes each n-th pixel."""
+    if node.kind not in ("MaxPooling2D", "AveragePooling2D") or tuple(node.layer.pool_size) != (1, 1):
+        return None
+    if node.layer.data_format != "channels_last":
+        return None
+    return (replace(affine.identity(int(node.shapes[0][-1] or 0)), strides=tuple(node.layer.strides)),)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A call of a chain, or a gate: the nodes from the tensor it multiplies to the product.
+
+    `kind`: depthwise, separable, pointwise, dense (k x k); empty for what has no kernel (norms, padding, activations).
+    """
+
+    nodes: tuple[str, ...]
+    kind: str = ""
+    active: bool = False
+    passive: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,14 +319,17 @@ class _Link:
 class _Finder:
     def __init__(self, graph: ModelGraph) -> None:
         self.graph = graph
-        self.skipped: list[Refusal] = []
+        self.skipped: list[Refusal] = list(graph.refused)
         self.claimed: set[str] = set()
         self.live = liveness(graph)
         self._outputs = set(graph.output_refs)
         self._depth: dict[str, int] = {}
         self._dominator: dict[str, str | None] = {}
+        self._gates: dict[str, list[Node]] = {}
         for node in graph:
             self._add_to_dominator_tree(node)
+            if node.kind in GATES and len(set(node.inputs)) == 2:
+                self._gates.setdefault(self._dominator[node.name] or "", []).append(node)
 
     def find(self) -> tuple[list[Block], list[Refusal]]:
         blocks = [*self._residual_blocks(), *self._chain_blocks()]
@@ -214,46 +362,60 @@ class _Finder:
                 found = self._residual_block(node)
                 if isinstance(found, Refusal):
                     self.skipped.append(found)
-                else:
+                elif found is not None:
                     self.claimed.update(found.nodes)
                     yield found
 
-    def _residual_block(self, join: Node) -> Block | Refusal:
+    def _residual_block(self, join: Node) -> Block | Refusal | None:
+        """Return the block that an Add closes, why there is none, or None where there is nothing to replace."""
+
         def refuse(rule: str, reason: str) -> Refusal:
             return Refusal(join.name, rule, reason)
 
         entry_name = self._dominator[join.name]
         if entry_name is None:
             return refuse("single_entry", "its two paths start at different inputs of the model")
+        members = self._members(join.inputs, entry_name)
         if len(self.graph.by_name[entry_name].shapes) > 1:
             return refuse("single_entry", f"its paths start at different outputs of '{entry_name}'")
         entry = Ref(entry_name)
-        members = self._members(join, entry_name)
-        inside = set(members) | {join.name}
-        for name in members:
-            for ref in self._written(name):
-                readers = [reader for reader in self.graph.readers.get(ref, ()) if reader not in inside]
-                if readers or ref in self._outputs:
-                    where = f"by '{readers[0]}'" if readers else "as an output of the model"
-                    return refuse("single_exit", f"'{name}' inside it is read outside, {where}")
+        inside = {*members, join.name}
+        if (leak := self._leak(members, inside)) is not None:
+            return refuse("single_exit", leak)
         shapes = [self.graph.shape(ref) for ref in join.inputs]
         if shapes[0] != shapes[1]:
             return refuse("same_shape", f"it adds tensors of shapes {_size(shapes[0])} and {_size(shapes[1])}")
         if taken := [name for name in members if name in self.claimed]:
             return refuse("nested", f"'{taken[-1]}' inside it belongs to another block")
-        first, second = (self._path(ref, entry) for ref in join.inputs)
-        if first is None or second is None:
-            return refuse("two_paths", "one of its two paths branches again")
-        body, skip = self._body_and_skip(first, second, entry)
+        body_exit, skip = self._body_and_skip(join, entry)
         if skip is None:
             return refuse("linear_skip", "neither of its two paths is an identity or a linear projection")
+        body = tuple(name for name in members if name not in skip)
+        if not any(self._has_work(name) for name in body):
+            return None  # arithmetic: a part of an activation, not a place for a layer
+        (skip_exit,) = (ref for ref in join.inputs if ref != body_exit)
         nodes = (*(name for name in self.graph.position if name in inside),)
-        return self._block(nodes, body, entry, skip_nodes=skip, join=join.name)
+        return self._block(nodes, body, entry, body_exit, skip_nodes=skip, skip_exit=skip_exit, join=join.name)
 
-    def _members(self, join: Node, entry: str) -> list[str]:
-        """Nodes strictly between the entry and the join, in topological order."""
+    def _has_work(self, name: str) -> bool:
+        """True for a call with weights of its own that is no norm."""
+        node = self.graph.by_name[name]
+        return bool(getattr(node.layer, "weights", None)) and node.kind not in rules.NORMS
+
+    def _leak(self, members: Sequence[str], inside: set[str]) -> str | None:
+        """Say which member is read from outside, or None."""
+        for name in members:
+            for ref in self._written(name):
+                readers = [reader for reader in self.graph.readers.get(ref, ()) if reader not in inside]
+                if readers or ref in self._outputs:
+                    where = f"by '{readers[0]}'" if readers else "as an output of the model"
+                    return f"'{name}' inside it is read outside, {where}"
+        return None
+
+    def _members(self, refs: Sequence[Ref], entry: str) -> list[str]:
+        """Nodes behind the entry that tensors depend on, in topological order."""
         found: set[str] = set()
-        waiting = [ref.node for ref in join.inputs]
+        waiting = [ref.node for ref in refs]
         while waiting:
             name = waiting.pop()
             if name != entry and name not in found:
@@ -276,23 +438,29 @@ class _Finder:
             ref = node.inputs[0]
         return tuple(reversed(names))
 
-    def _body_and_skip(
-        self, first: tuple[str, ...], second: tuple[str, ...], entry: Ref
-    ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Tell the body from the skip: the skip is empty, or a linear projection; the shorter path is tried first."""
-        longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
+    def _body_and_skip(self, join: Node, entry: Ref) -> tuple[Ref, tuple[str, ...] | None]:
+        """Return the tensor that the body writes, and the nodes of the skip, None where no path is linear.
+
+        The skip is empty, or a linear projection that the body does not read; the shorter path is tried first.
+        """
+        first, second = join.inputs
+        behind = {ref: self._members([ref], entry.node) for ref in join.inputs}
+        longer, shorter = (first, second) if len(behind[first]) >= len(behind[second]) else (second, first)
         for body, skip in ((longer, shorter), (shorter, longer)):
-            if not skip or self._is_projection(skip, entry):
-                return body, skip
+            names = self._path(skip, entry)
+            if names is None or set(names) & set(behind[body]):
+                continue
+            if not names or self._is_projection(names, entry):
+                return body, names
         return longer, None
 
     def _is_projection(self, names: tuple[str, ...], entry: Ref) -> bool:
+        if all(rules.is_passive(self.graph.by_name[name]) for name in names):
+            return True  # only calls that do nothing at inference
         try:
             stages = _parse(self.graph, names, entry)
         except _NotLinear:
             return False
-        if not stages:
-            return True  # only calls that do nothing at inference
         if len(stages) != 1 or stages[0].activation is not None:
             return False
         geometry = affine.composed_geometry(stages[0].maps)
@@ -302,47 +470,64 @@ class _Finder:
 
     def _chain_blocks(self) -> Iterator[Block]:
         for chain in self._chains():
-            for names in _cut(_links(self.graph, chain)):
-                yield self._block(names, names, self.graph.by_name[names[0]].inputs[0], skip_nodes=(), join=None)
+            for names in _cut(_links(chain)):
+                entry = self.graph.by_name[names[0]].inputs[0]
+                yield self._block(names, names, entry, Ref(names[-1]), skip_nodes=(), skip_exit=None, join=None)
 
-    def _chains(self) -> Iterator[list[str]]:
-        """Longest runs of unclaimed linear, norm, activation and passive calls, each read by the next alone."""
-        chain: list[str] = []
+    def _chains(self) -> Iterator[list[_Piece]]:
+        """Longest runs of unclaimed pieces, each read by the next alone."""
         done: set[str] = set()
         for start in self.graph:
-            if start.name in done or not self._is_chain_node(start):
+            if start.name in done or (piece := self._piece(start)) is None:
                 continue
-            chain, node = [start.name], start
-            while (after := self._only_reader(node)) is not None and self._is_chain_node(after):
-                chain.append(after.name)
-                node = after
-            done.update(chain)
+            chain = [piece]
+            while (after := self._piece_after(chain[-1].nodes[-1])) is not None:
+                chain.append(after)
+            done.update(name for piece in chain for name in piece.nodes)
             yield chain
 
-    def _is_chain_node(self, node: Node) -> bool:
+    def _piece(self, node: Node) -> _Piece | None:
+        """Return a call as a piece of a chain: linear, norm, activation or passive; None for anything else."""
         if node.name in self.claimed or len(node.inputs) != 1 or len(node.shapes) != 1:
-            return False
-        if len(node.shapes[0]) != 4:
-            return False
-        if rules.is_passive(node):
-            return True
-        try:
-            shape = self.graph.shape(node.inputs[0])
-            return any(rule is not None for rule in (rules.linear_maps(node, shape), rules.norm(node, shape))) or (
-                rules.activation(node) is not None
-            )
-        except rules.Unsupported as error:
-            refusal = Refusal(node.name, "linear", f"'{node.name}' {error}")
-            if node.kind in rules.LINEAR and refusal not in self.skipped:
-                self.skipped.append(refusal)
-            return False
-
-    def _only_reader(self, node: Node) -> Node | None:
-        ref = Ref(node.name)
-        readers = self.graph.readers.get(ref, ())
-        if len(readers) != 1 or ref in self._outputs:
             return None
-        return self.graph.by_name[readers[0]]
+        shape = self.graph.shape(node.inputs[0])
+        if len(node.shapes[0]) != 4 or len(shape) != 4:
+            return None
+        names = (node.name,)
+        if rules.is_passive(node):
+            return _Piece(names, passive=True)
+        try:
+            if (maps := rules.linear_maps(node, shape)) is not None:
+                return _Piece(names, _kind(maps), passive=not maps)
+            if rules.norm(node, shape) is not None:
+                return _Piece(names)
+            if rules.activation(node) is not None:
+                return _Piece(names, active=True)
+        except rules.Unsupported as error:
+            if node.kind in rules.LINEAR:
+                refusal = Refusal(node.name, "linear", f"'{node.name}' {error}")
+                self.skipped += [refusal] if refusal not in self.skipped else []
+                return None
+        is_active = node.kind in ELEMENTWISE or node.kind in rules.NORMS or node.kind in rules.ACTIVATIONS
+        if (is_active or node.kind == "PReLU") and node.shapes[0] == shape:
+            return _Piece(names, active=True)  # not linear, and nothing between two pixels: fits see through it
+        return None
+
+    def _piece_after(self, name: str) -> _Piece | None:
+        """Return the only piece that reads what a call writes: one more call, or a gate on it."""
+        ref = Ref(name)
+        readers = self.graph.readers.get(ref, ())
+        if ref in self._outputs or not readers:
+            return None
+        if len(readers) == 1:
+            return self._piece(self.graph.by_name[readers[0]])
+        for gate in self._gates.get(name, ()):
+            members = self._members(gate.inputs, name)
+            inside = {*members, gate.name}
+            same = gate.shapes[0] == self.graph.shape(ref) and len(gate.shapes[0]) == 4
+            if same and set(readers) <= inside and not inside & self.claimed and self._leak(members, inside) is None:
+                return _Piece((*members, gate.name), active=True)
+        return None
 
     # Both
 
@@ -351,24 +536,20 @@ class _Finder:
         nodes: tuple[str, ...],
         body: tuple[str, ...],
         entry: Ref,
+        body_exit: Ref,
         *,
         skip_nodes: tuple[str, ...],
+        skip_exit: Ref | None,
         join: str | None,
     ) -> Block:
         graph = self.graph
         name = nodes[-1]
-        geometry: Geometry | None = None
-        refusal: Refusal | None = None
-        try:
-            maps = [one for stage in _parse(graph, body, entry) for one in stage.maps]
-            geometry = affine.composed_geometry(maps)
-        except _NotLinear as error:
-            refusal = Refusal(name, "linear", str(error))
         skip: AffineConv | None = None
         if join is not None:
-            channels = int(graph.shape(entry)[-1] or 0)
-            stages = _parse(graph, skip_nodes, entry)
-            skip = affine.compose_all(stages[0].maps) if stages else affine.identity(channels)
+            passive = all(rules.is_passive(graph.by_name[one]) for one in skip_nodes)
+            stages = () if passive else _parse(graph, skip_nodes, entry)
+            skip = affine.compose_all(stages[0].maps) if stages else affine.identity(int(graph.shape(entry)[-1] or 0))
+        geometry, no_geometry = _window(graph, name, body, entry, body_exit)
         inside = set(nodes)
         return Block(
             name=name,
@@ -382,14 +563,34 @@ class _Finder:
             skip_nodes=skip_nodes,
             join=join,
             geometry=geometry,
-            linear_refusal=refusal,
+            linear_refusal=_linear_refusal(graph, name, body, entry),
             cost=replace(cost_of(graph, nodes), activation_bytes=max(self.live.total[n] for n in nodes)),
             skip_cost=cost_of(graph, skip_nodes),
             live_bytes=max(self.live.total[n] - self.live.of(n, inside) for n in nodes),
+            geometry_refusal=no_geometry,
+            skip_exit=skip_exit,
+            special_tokens=special_tokens(graph, entry),
         )
 
 
-def _links(graph: ModelGraph, chain: Sequence[str]) -> list[_Link]:
+def _linear_refusal(graph: ModelGraph, name: str, body: Sequence[str], entry: Ref) -> Refusal | None:
+    try:
+        _parse(graph, body, entry)
+    except _NotLinear as error:
+        return Refusal(name, "linear", str(error))
+    return None
+
+
+def _window(
+    graph: ModelGraph, name: str, body: Sequence[str], entry: Ref, exit: Ref
+) -> tuple[Geometry | None, Refusal | None]:
+    try:
+        return window_of(graph, body, entry, exit), None
+    except NoWindow as error:
+        return None, Refusal(name, "window", str(error))
+
+
+def _links(chain: Sequence[_Piece]) -> list[_Link]:
     """Group a chain into linear layers with the norms, paddings and activations around them."""
     links: list[_Link] = []
     linear: list[str] = []
@@ -402,30 +603,26 @@ def _links(graph: ModelGraph, chain: Sequence[str]) -> list[_Link]:
             links.append(_Link(tuple(linear), kind or "scale", tuple(active)))
         linear, active, kind = [], [], ""
 
-    for name in chain:
-        node = graph.by_name[name]
-        shape = graph.shape(node.inputs[0])
-        is_linear = rules.linear_maps(node, shape) if not rules.is_passive(node) else None
-        own_kind = _kind(is_linear) if is_linear else ""
-        if active and not rules.is_passive(node) and rules.activation(node) is None:
+    for piece in chain:
+        if (active and not piece.passive and not piece.active) or (piece.kind and kind):
             close()
-        if own_kind and kind:
-            close()
-        if own_kind or (not active and rules.activation(node) is None):
-            linear.append(name)
-            kind = own_kind or kind
+        if piece.kind or (not active and not piece.active):
+            linear += piece.nodes
+            kind = piece.kind or kind
         else:
-            active.append(name)
+            active += piece.nodes
     close()
     return links
 
 
 def _kind(maps: Sequence[AffineConv]) -> str:
+    if not maps:
+        return ""
     last = maps[-1]
     if len(maps) > 1:
         return "separable"
-    if last.kernel_size == (1, 1) and any(last.padding):
-        return ""  # a padding layer belongs to the convolution after it
+    if last.kernel_size == (1, 1) and (any(last.padding) or last.groups == last.c_in == last.c_out > 1):
+        return ""  # padding and scales belong to the convolution beside them
     if last.groups > 1 and last.groups == last.c_in:
         return "depthwise"
     return "pointwise" if last.kernel_size == (1, 1) else "dense"

@@ -64,7 +64,16 @@ class Precision(StrEnum):
     """Schemes of `export`."""
 
     float32 = "float32"
+    float16 = "float16"
+    dynamic = "dynamic"
     int8 = "int8"
+    int16x8 = "int16x8"
+
+
+class Target(StrEnum):
+    """Accelerators that `export` writes for."""
+
+    edgetpu = "edgetpu"
 
 
 KerasFile = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A trained model, as `model.save` writes it.")]
@@ -221,8 +230,9 @@ def merge(
 def export(
     model: KerasFile,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the file goes.")],
-    quantize: Annotated[Precision, typer.Option(help="int8 needs calibration images.")] = Precision.float32,
+    quantize: Annotated[Precision, typer.Option(help="int8 and int16x8 need calibration images.")] = Precision.float32,
     calibration: Images = None,
+    target: Annotated[Target | None, typer.Option(help="Write int8 as this accelerator's compiler takes it.")] = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
@@ -233,31 +243,65 @@ def export(
 
         images = _load_array(calibration, "calibration images") if calibration is not None else None
         result = tflite_export.export(
-            model, output, quantize=quantize.value, calibration=images, force=force, progress=progress
+            model,
+            output,
+            quantize=quantize.value,
+            calibration=images,
+            target=target.value if target else None,
+            force=force,
+            progress=progress,
         )
         show(result.as_json() if as_json else str(result))
 
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="A.tflite B.tflite ...", help="Ratios are to the first.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="A.tflite B.tflite ...", help="Ratios are to the first.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="That one inference may use.")] = 1,
-    device: Annotated[str, typer.Option(help="Where to run.")] = "local",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where to run: local, adb or adb:SERIAL, ssh:user@host[:port], edgetpu, ethos-u55-256 (an estimate), "
+            "or file:LOGS of benchmark_model."
+        ),
+    ] = "local",
+    delegate: Annotated[str, typer.Option(help="What runs the operators: cpu, gpu, nnapi or edgetpu.")] = "cpu",
+    benchmark_model: Annotated[
+        Path | None, typer.Option(metavar="BINARY", help="The vendor's tool, built for the device.")
+    ] = None,
+    python: Annotated[str, typer.Option(metavar="PYTHON", help="The Python of a board.")] = "python3",
+    ssh_config: Annotated[Path | None, typer.Option(metavar="FILE", help="In place of ~/.ssh/config.")] = None,
     min_seconds: Annotated[float, typer.Option(min=0, help="Least running time of each file.")] = 3.0,
-    csv: Annotated[Path | None, typer.Option(metavar="ROWS.csv", help="Write the rows there, too.")] = None,
+    check_outputs: Annotated[
+        bool, typer.Option(help="Compare the outputs there with those on this machine first.")
+    ] = True,
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="ROWS.csv", help="Write the rows there, too; whatever happens, what was measured stays."),
+    ] = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Time .tflite files against each other, in turns."""
-    with _working(debug) as show, _maybe_written(csv, force=force) as csv_file, _progress() as progress:
+    """Time .tflite files against each other, in turns: here, on a phone, on a board."""
+    with _working(debug) as show, _progress() as progress:
         import tflite_export
 
         table = tflite_export.benchmark(
-            files, device=device, threads=threads, min_seconds=min_seconds, progress=progress
+            files or [],
+            device=device,
+            options=tflite_export.DeviceOptions(
+                delegate=delegate, benchmark_model=benchmark_model, python=python, ssh_config=ssh_config
+            ),
+            threads=threads,
+            min_seconds=min_seconds,
+            check_outputs=check_outputs,
+            out=csv,
+            force=force,
+            progress=progress,
         )
-        if csv_file is not None:
-            csv_file.write_text(table.as_csv(), encoding="utf-8")
         show(table.as_json() if as_json else str(table))
 
 
@@ -276,6 +320,53 @@ def evaluate(
         result = tflite_export.evaluate(
             model, _load_array(images, "images"), _load_array(labels, "labels"), progress=progress
         )
+        show(result.as_json() if as_json else str(result))
+
+
+@app.command()
+def edgetpu(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="As `export --quantize int8` writes it.")],
+    compile_too: Annotated[
+        bool,
+        typer.Option("--compile", help="Run the vendor's compiler (x86-64 Linux) instead of checking by its rules."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the compiled file goes.")
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """List which operators run on the Edge TPU and why the others do not; or compile for it."""
+    if output is not None and not compile_too:
+        raise typer.BadParameter("an output needs --compile: the check writes nothing.", param_hint="--output")
+    with _working(debug) as show:
+        import tflite_export
+
+        result: Any = (
+            tflite_export.compile_edgetpu(model, output, force=force)
+            if compile_too
+            else tflite_export.check_edgetpu(model)
+        )
+        show(result.as_json() if as_json else str(result))
+
+
+@app.command()
+def ethosu(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="As `export --quantize int8` writes it.")],
+    accelerator: Annotated[str, typer.Option(help="The NPU and its number of multipliers.")] = "ethos-u55-256",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the compiled file goes.")
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Compile for an Arm Ethos-U NPU; list what stays on the CPU and the compiler's estimates."""
+    with _working(debug) as show:
+        import tflite_export
+
+        result = tflite_export.compile_ethosu(model, accelerator, output, force=force)
         show(result.as_json() if as_json else str(result))
 
 

@@ -29,6 +29,10 @@ class FormError(UpdpError, ValueError):
     """A form that is unknown, registered twice, or asked to do what it refuses."""
 
 
+class RuleError(UpdpError, ValueError):
+    """A registered rule that is malformed, or that does not compute what its layer does."""
+
+
 class MergeError(UpdpError, RuntimeError):
     """A merged model that does not compute what its plan says."""
 

@@ -6,8 +6,8 @@ serves every form and every smaller kernel of a block, and their size does not d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,15 @@ RIDGE = 1e-4
 
 ROWS_PER_UPDATE = 4096
 """Patches that are collected before the Gram matrix is updated with them."""
+
+BYTES_AT_ONCE = 64 * 2**20
+"""Bytes of float32 patches that are written out at a time."""
+
+BYTES_IN_CACHE = 2**20
+"""Bytes of images that depthwise sums are computed of at a time."""
+
+MAX_DENSE_UNKNOWNS = 10_000
+"""Unknowns of the largest Gram matrix: 0.8 GB. Above it a dense kernel is fitted by conjugate gradients."""
 
 POSITIONS_PER_UNKNOWN = 100
 """Sampled output positions per unknown of a fit: more changes nothing, fewer shows."""
@@ -73,6 +82,81 @@ class Window:
         return self.padding[0] - other.padding[0], self.padding[2] - other.padding[2]
 
 
+def weights_in(window: Window, map: AffineConv) -> np.ndarray | None:
+    """Return a map as weights of a window, shape (taps * c_in, c_out): a skip at its tap, or a kernel of its size.
+
+    None where it has no place in the window.
+    """
+    weights = np.zeros((*window.kernel_size, map.c_in, map.c_out))
+    if map.kernel_size == window.kernel_size:
+        weights[:] = affine.regroup(map, 1).kernel
+    elif map.kernel_size == (1, 1) and (tap := window.skip_tap) is not None:
+        weights[tap] = affine.regroup(map, 1).kernel[0, 0]
+    else:
+        return None
+    return weights.reshape(-1, map.c_out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Output positions of some images that a fit looks at.
+
+    Attributes:
+        where: image, row and column of each, three arrays of shape (n,).
+        weights: how much each counts, shape (n,).
+    """
+
+    where: tuple[np.ndarray, np.ndarray, np.ndarray]
+    weights: np.ndarray
+
+    @property
+    def n(self) -> int:
+        return len(self.weights)
+
+    def part(self, rows: slice) -> _Chosen:
+        images, heights, widths = self.where
+        return _Chosen((images[rows], heights[rows], widths[rows]), self.weights[rows])
+
+
+def _choose(
+    shape: tuple[int, int, int], n_positions: int, rng: np.random.Generator, special_rows: Sequence[int] = ()
+) -> _Chosen:
+    """Choose positions of outputs of shape (images, rows, columns), all if there are no more.
+
+    Special rows (class tokens) are taken from every image and weigh as much as all other positions together: one token
+    among 197 is invisible to a plain fit (METHOD, section 2).
+    """
+    n_images, n_rows, n_columns = shape
+    special = sorted({row % n_rows for row in special_rows})
+    rows = np.setdiff1d(np.arange(n_rows), special)
+    total = n_images * len(rows) * n_columns
+    chosen = np.arange(total) if n_positions >= total else np.sort(rng.choice(total, n_positions, replace=False))
+    images, heights, widths = np.unravel_index(chosen, (n_images, len(rows), n_columns))
+    heights = rows[heights]
+    weights = np.ones(len(chosen))
+    if special:
+        grid = np.meshgrid(np.arange(n_images), special, np.arange(n_columns), indexing="ij")
+        more = [one.ravel() for one in grid]
+        images, heights, widths = (np.concatenate(pair) for pair in zip((images, heights, widths), more, strict=True))
+        n_special = n_images * len(special) * n_columns
+        weights = np.concatenate([weights, np.full(n_special, (len(chosen) or 1) / n_special)])
+    return _Chosen((images, heights, widths), weights)
+
+
+def _views(window: Window, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return all patches of images as a view, shape (images, rows, columns, c_in, kernel height, kernel width)."""
+    views = _padded_views(window, x)
+    if views.shape[:3] != y.shape[:3]:
+        raise ShapeError(
+            f"A window of {window} gives outputs of size {views.shape[1:3]}, the block writes {y.shape[1:3]}."
+        )
+    return views
+
+
+def _rows_at_once(n_unknowns: int) -> int:
+    return max(1, BYTES_AT_ONCE // (4 * n_unknowns))
+
+
 def sample_patches(
     window: Window, x: np.ndarray, y: np.ndarray, n_positions: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -91,18 +175,12 @@ def sample_patches(
     Raises:
         ShapeError: the output is not of the size that the window gives.
     """
-    top, bottom, left, right = window.padding
-    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    views = np.lib.stride_tricks.sliding_window_view(padded, window.kernel_size, axis=(1, 2))
-    views = views[:, :: window.strides[0], :: window.strides[1]]
-    if views.shape[:3] != y.shape[:3]:
-        raise ShapeError(
-            f"A window of {window} gives outputs of size {views.shape[1:3]}, the block writes {y.shape[1:3]}."
-        )
-    total = int(np.prod(y.shape[:3]))
-    chosen = np.arange(total) if n_positions >= total else np.sort(rng.choice(total, n_positions, replace=False))
-    where = np.unravel_index(chosen, y.shape[:3])
-    return views[where].transpose(0, 2, 3, 1), y[where]
+    chosen = _choose(_grid(y), n_positions, rng)
+    return _views(window, x, y)[chosen.where].transpose(0, 2, 3, 1), y[chosen.where]
+
+
+def _grid(y: np.ndarray) -> tuple[int, int, int]:
+    return y.shape[0], y.shape[1], y.shape[2]
 
 
 @dataclass
@@ -113,7 +191,7 @@ class Moments:
         window: which pixels a patch holds.
         c_in: channels of the input.
         c_out: channels of the output.
-        n: positions seen.
+        n: positions seen, special ones by their weight.
         gram: sum of patch patch^T, shape (taps * c_in, taps * c_in), upper triangle until read by `centred`.
         cross: sum of patch y^T, shape (taps * c_in, c_out).
         sum_x: sum of patches, shape (taps * c_in,); taps vary slowest, channels fastest.
@@ -124,7 +202,7 @@ class Moments:
     window: Window
     c_in: int
     c_out: int
-    n: int = 0
+    n: float = 0
     gram: np.ndarray = field(init=False)
     cross: np.ndarray = field(init=False)
     sum_x: np.ndarray = field(init=False)
@@ -145,7 +223,15 @@ class Moments:
         """Weights that each output channel of a dense fit has."""
         return self.window.n_taps * self.c_in
 
-    def add(self, x: np.ndarray, y: np.ndarray, *, n_positions: int, rng: np.random.Generator) -> None:
+    def add(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        n_positions: int,
+        rng: np.random.Generator,
+        special_rows: Sequence[int] = (),
+    ) -> None:
         """Add sampled positions of some images.
 
         Args:
@@ -153,24 +239,42 @@ class Moments:
             y: block output, shape (images, out_height, out_width, c_out).
             n_positions: how many of the images' positions to take; all, if there are no more.
             rng: chooses them.
+            special_rows: rows of the output that weigh as much as all others together.
 
         Raises:
             ShapeError: the output is not of the size that the window gives.
         """
-        self.add_samples(*sample_patches(self.window, x, y, n_positions, rng))
+        views = _views(self.window, x, y)
+        chosen = _choose(_grid(y), n_positions, rng, special_rows)
+        step = min(_rows_at_once(self.n_unknowns), ROWS_PER_UPDATE)
+        for start in range(0, chosen.n, step):
+            part = chosen.part(slice(start, start + step))
+            self.add_samples(views[part.where].transpose(0, 2, 3, 1), y[part.where], part.weights)
 
-    def add_samples(self, patches: np.ndarray, outputs: np.ndarray) -> None:
-        """Add sampled patches, shape (n, ...) with taps before channels, and outputs, shape (n, c_out)."""
+    def add_samples(self, patches: np.ndarray, outputs: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Add sampled patches, shape (n, ...) with taps before channels, outputs, shape (n, c_out), and weights."""
         patches = np.ascontiguousarray(patches.reshape(len(patches), -1), dtype=np.float64)
         outputs = outputs.astype(np.float64)
-        self._pending.append(patches)
+        if weights is None or np.all(weights == 1.0):
+            rows = patches
+            self.n += len(outputs)
+        else:
+            # A position of weight w is a row of sqrt(w) times itself.
+            root = np.sqrt(weights)[:, None]
+            self.n += float(weights.sum())
+            rows, patches, outputs = patches * root, patches * weights[:, None], outputs * root
+        self._pending.append(rows)
         if sum(len(part) for part in self._pending) >= ROWS_PER_UPDATE:
             self._update_gram()
-        self.cross += patches.T @ outputs
+        self.cross += rows.T @ outputs
         self.sum_x += patches.sum(axis=0)
-        self.sum_y += outputs.sum(axis=0)
+        self.sum_y += (outputs if rows is patches else outputs * root).sum(axis=0)
         self.sum_yy += np.square(outputs).sum(axis=0)
-        self.n += len(outputs)
+
+    def add_all(self, samples: Samples) -> None:
+        """Add samples of the same window."""
+        for rows, patches in samples.chunks():
+            self.add_samples(patches, samples.outputs[rows], samples.weights[rows])
 
     def _update_gram(self) -> None:
         """Add the patches that wait: many small updates would spend their time reading and writing the matrix."""
@@ -203,17 +307,29 @@ class Moments:
         if self.n < 2:
             raise CalibrationError("A fit needs at least 2 output positions; give more calibration images.")
         self._update_gram()
-        gram = np.triu(self.gram)
-        gram += np.triu(gram, 1).T
         mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
+        # In place: at 1,024 channels each temporary would be as large as the 0.7 GB matrix itself.
+        gram = self.gram.copy(order="F")
+        gram *= 1.0 / self.n
+        gram = scipy.linalg.blas.dsyr(-1.0, mean_x, a=gram, overwrite_a=1)
+        _mirror_upper(gram)
         return Centred(
             window=self.window,
-            gram=gram / self.n - np.outer(mean_x, mean_x),
+            gram=gram,
             cross=self.cross / self.n - np.outer(mean_x, mean_y),
             mean_x=mean_x,
             mean_y=mean_y,
             variance_y=np.maximum(self.sum_yy / self.n - mean_y**2, 0.0),
         )
+
+
+def _mirror_upper(matrix: np.ndarray, block: int = 1024) -> None:
+    """Copy the upper triangle to the lower one, in place."""
+    for start in range(0, len(matrix), block):
+        rows = slice(start, start + block)
+        corner = np.triu(matrix[rows, rows])
+        matrix[rows, rows] = corner + np.triu(corner, 1).T
+        matrix[start + block :, rows] = matrix[rows, start + block :].T
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,17 +363,12 @@ class Centred:
 
     def weights_of(self, map: AffineConv | None) -> np.ndarray:
         """Return a map as weights of this window: a skip at its tap, or a kernel of the window's own size."""
-        weights = np.zeros((*self.window.kernel_size, self.c_in, self.c_out))
         if map is None:
-            return weights.reshape(-1, self.c_out)
-        kernel = affine.regroup(map, 1).kernel
-        if kernel.shape[:2] == self.window.kernel_size:
-            weights[:] = kernel
-        elif kernel.shape[:2] == (1, 1) and (tap := self.window.skip_tap) is not None:
-            weights[tap] = kernel[0, 0]
-        else:
-            raise ShapeError(f"A kernel of {kernel.shape[:2]} has no place in {self.window}.")
-        return weights.reshape(-1, self.c_out)
+            return np.zeros((len(self.mean_x), self.c_out))
+        weights = weights_in(self.window, map)
+        if weights is None:
+            raise ShapeError(f"A kernel of {map.kernel_size} has no place in {self.window}.")
+        return weights
 
     def bias_of(self, weights: np.ndarray) -> np.ndarray:
         """Return the bias that makes the mean residual 0."""
@@ -296,8 +407,27 @@ class Centred:
         if strength == 0.0:
             change = scipy.linalg.lstsq(self.gram, right, lapack_driver="gelsd")[0]
         else:
-            change = solve_positive(self.gram + strength * np.eye(len(self.gram)), right)
+            gram = self.gram.copy(order="F")
+            gram[np.diag_indices_from(gram)] += strength
+            change = solve_positive(gram, right)
         return change if prior is None else prior + change
+
+    def scale_regression(self, *, prior: float, ridge: float = RIDGE) -> np.ndarray:
+        """Return the weight of each channel on its own tap alone, drawn towards `prior`: shape (c,).
+
+        Args:
+            prior: weight that the ridge shrinks to: 1 for an identity skip, else 0.
+            ridge: strength, in mean eigenvalues of the Gram matrix; a dead channel keeps the prior.
+
+        Raises:
+            ShapeError: the window has more than one tap, or input and output have other channels.
+        """
+        if self.window.n_taps != 1 or self.c_in != self.c_out:
+            raise ShapeError(f"A scale maps a channel to itself: {self.c_in} to {self.c_out} channels, {self.window}.")
+        own = np.diag(self.gram)
+        strength = own + ridge * self.mean_eigenvalue
+        change = np.divide(np.diag(self.cross) - own * prior, strength, out=np.zeros_like(own), where=strength > 0)
+        return prior + change
 
     def ridge_path(self, *, prior: np.ndarray) -> Callable[[float], np.ndarray]:
         """Return a function of the ridge that gives `ridge_regression(prior=prior, ridge=ridge)`.
@@ -314,77 +444,284 @@ class Centred:
         return solve
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Samples of some images: their patches, or, where that takes less memory, the images to cut them from.
+
+    Attributes:
+        patches: float32, shape (n, taps, c_in), or None.
+        images: float32, shape (images, height, width, c_in), or None.
+        chosen: positions, in the images.
+        outputs: float64, shape (n, c_out).
+    """
+
+    patches: np.ndarray | None
+    images: np.ndarray | None
+    chosen: _Chosen
+    outputs: np.ndarray
+
+    def in_pieces(self, window: Window) -> Iterator[tuple[_Inside, Iterator[tuple[int, np.ndarray]], tuple[int, ...]]]:
+        """Yield some images at a time: which samples are theirs, their pixels at each tap, and the outputs' grid.
+
+        Work on whole images needs no patches: at 7x7 they are 49 times the pixels.
+        """
+        assert self.images is not None  # noqa: S101 - asked for only where they are
+        images, heights, widths = self.chosen.where
+        order = np.argsort(images, kind="stable")
+        step = max(1, BYTES_IN_CACHE // (4 * self.images[0].size))
+        for start in range(0, len(self.images), step):
+            views = _padded_views(window, self.images[start : start + step])
+            first, last = np.searchsorted(images[order], (start, start + step))
+            rows = order[first:last]
+            where = (images[rows] - start, heights[rows], widths[rows])
+            taps = (
+                (row * window.kernel_size[1] + column, views[..., row, column])
+                for row in range(window.kernel_size[0])
+                for column in range(window.kernel_size[1])
+            )
+            yield _Inside(rows, where), taps, views.shape[:3]
+
+
+@dataclass(frozen=True, eq=False)
+class _Inside:
+    """Samples that lie in some images: their numbers, and where in the images."""
+
+    rows: np.ndarray
+    where: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 class Samples:
-    """Sampled patches and outputs themselves, for fits that are not linear in their unknowns.
+    """Sampled patches and outputs themselves, for fits that are not linear in their unknowns, or have too many.
 
     A depthwise and a pointwise layer have far fewer unknowns than the dense kernel they make up, so few positions do,
     and no Gram matrix of all taps is ever formed.
 
     Attributes:
         window: which pixels a patch holds.
-        patches: float32, shape (n, taps, c_in).
-        outputs: shape (n, c_out).
+        c_in: channels of the input.
+        c_out: channels of the output.
+        n_unknowns: that each output channel has in the fit they are for; an alternating one where it is not told.
     """
 
-    window: Window
-    patches: np.ndarray
-    outputs: np.ndarray
+    def __init__(
+        self, window: Window, c_in: int, c_out: int, n_unknowns: int | None = None, *, parts: Sequence[_Part] = ()
+    ) -> None:
+        self.window, self.c_in, self.c_out = window, c_in, c_out
+        self.n_unknowns = n_unknowns or c_in + window.n_taps
+        self._parts = list(parts)
 
     @classmethod
     def empty(cls, window: Window, c_in: int, c_out: int) -> Samples:
         """No samples yet."""
-        return cls(window, np.zeros((0, window.n_taps, c_in), "float32"), np.zeros((0, c_out)))
+        return cls(window, c_in, c_out)
 
     @property
     def n(self) -> int:
         """Positions seen."""
-        return len(self.outputs)
+        return sum(len(part.outputs) for part in self._parts)
 
     @property
-    def n_unknowns(self) -> int:
-        """Unknowns that each output channel has in an alternating fit."""
-        return self.patches.shape[2] + self.window.n_taps
+    def outputs(self) -> np.ndarray:
+        """Outputs, float64, shape (n, c_out)."""
+        if len(self._parts) == 1:
+            return self._parts[0].outputs
+        return np.concatenate([np.zeros((0, self.c_out)), *(part.outputs for part in self._parts)])
 
-    def add(self, x: np.ndarray, y: np.ndarray, *, n_positions: int, rng: np.random.Generator) -> None:
+    @property
+    def weights(self) -> np.ndarray:
+        """How much each position counts, shape (n,)."""
+        return np.concatenate([np.zeros(0), *(part.chosen.weights for part in self._parts)])
+
+    @property
+    def patches(self) -> np.ndarray:
+        """All patches, float32, shape (n, taps, c_in): for few samples only, `chunks` writes them out bit by bit."""
+        empty = np.zeros((0, self.window.n_taps, self.c_in), "float32")
+        return np.concatenate([empty, *(chunk for _, chunk in self.chunks())])
+
+    def add(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        n_positions: int,
+        rng: np.random.Generator,
+        special_rows: Sequence[int] = (),
+    ) -> None:
         """Add sampled positions of some images; arguments as for `Moments.add`."""
-        self.add_samples(*sample_patches(self.window, x, y, n_positions, rng))
+        views = _views(self.window, x, y)
+        chosen = _choose(_grid(y), n_positions, rng, special_rows)
+        outputs = y[chosen.where].astype(np.float64)
+        if chosen.n * self.window.n_taps * self.c_in <= x.size:
+            patches = np.asarray(views[chosen.where].transpose(0, 2, 3, 1), "float32")
+            part = _Part(patches.reshape(chosen.n, -1, self.c_in), None, chosen, outputs)
+        else:
+            part = _Part(None, np.array(x, "float32"), chosen, outputs)
+        self._parts.append(part)
 
-    def add_samples(self, patches: np.ndarray, outputs: np.ndarray) -> None:
-        """Add sampled patches, shape (n, ...) with taps before channels, and outputs, shape (n, c_out)."""
-        patches = patches.reshape(len(patches), self.window.n_taps, -1)
-        self.patches = np.concatenate([self.patches, patches.astype("float32")])
-        self.outputs = np.concatenate([self.outputs, outputs.astype(np.float64)])
+    def add_all(self, samples: Samples) -> None:
+        """Add samples of the same window."""
+        self._parts += samples._parts
 
     def crop(self, window: Window) -> Samples:
         """Return the same positions as a smaller window inside this one sees them."""
         if not self.window.contains(window):
             raise ShapeError(f"{window} is no part of {self.window}.")
-        return Samples(window, self.patches[:, self.window.taps_of(window)], self.outputs)
+        taps = self.window.taps_of(window)
+        parts = [part if part.patches is None else replace(part, patches=part.patches[:, taps]) for part in self._parts]
+        return Samples(window, self.c_in, self.c_out, parts=parts)
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield which positions, and their patches, float32, shape (rows, taps, c_in), a few at a time."""
+        step, done = _rows_at_once(self.window.n_taps * self.c_in), 0
+        for part in self._parts:
+            views = None if part.images is None else _padded_views(self.window, part.images)
+            for start in range(0, len(part.outputs), step):
+                rows = slice(start, min(start + step, len(part.outputs)))
+                if views is None:
+                    assert part.patches is not None  # noqa: S101 - one of the two is there
+                    patches = part.patches[rows]
+                else:
+                    patches = views[part.chosen.part(rows).where].transpose(0, 2, 3, 1)
+                yield (
+                    slice(done + rows.start, done + rows.stop),
+                    patches.reshape(rows.stop - rows.start, self.window.n_taps, self.c_in),
+                )
+            done += len(part.outputs)
 
     def skip(self, map: AffineConv) -> np.ndarray:
         """Return what a 1x1 skip writes at the sampled positions, shape (n, c_out)."""
         tap = self.window.skip_tap
         if tap is None:
             raise ShapeError(f"The pixel that the skip reads lies outside {self.window}.")
-        pixel = self.patches[:, tap[0] * self.window.kernel_size[1] + tap[1]].astype(np.float64)
-        return pixel @ affine.regroup(map, 1).kernel[0, 0] + map.bias
+        number = tap[0] * self.window.kernel_size[1] + tap[1]
+        written = np.empty((self.n, map.c_out))
+        if affine.is_identity(map):
+            for rows, patches in self.chunks():
+                written[rows] = patches[:, number]
+            return written
+        matrix = affine.regroup(map, 1).kernel[0, 0]
+        for rows, patches in self.chunks():
+            written[rows] = patches[:, number].astype(np.float64) @ matrix
+        return written + map.bias
 
     def convolve(self, map: AffineConv) -> np.ndarray:
         """Return what a convolution with this window's taps writes at the sampled positions, shape (n, c_out)."""
-        kernel = affine.regroup(map, 1).kernel.reshape(-1, map.c_out)
-        return self.patches.reshape(self.n, -1) @ kernel.astype("float32") + map.bias
+        if map.groups == map.c_in == map.c_out:
+            return self.depthwise(map.kernel.reshape(self.window.n_taps, -1)) + map.bias
+        kernel = affine.regroup(map, 1).kernel.reshape(-1, map.c_out).astype("float32")
+        written = np.empty((self.n, map.c_out))
+        for rows, patches in self.chunks():
+            written[rows] = patches.reshape(len(patches), -1) @ kernel
+        return written + map.bias
+
+    def depthwise(self, kernel: np.ndarray) -> np.ndarray:
+        """Return each channel's own sum over taps, kernel of shape (taps, c_in): float32, shape (n, c_in)."""
+        kernel = kernel.astype("float32")
+        written = np.empty((self.n, self.c_in), "float32")
+        for rows, part in self._by_part():
+            if part.patches is not None:
+                np.einsum("ntc,tc->nc", part.patches, kernel, out=written[rows])
+                continue
+            for inside, seen, grid in part.in_pieces(self.window):
+                found = np.zeros((*grid, self.c_in), "float32")
+                product = np.empty_like(found)
+                for tap, pixels in seen:
+                    found += np.multiply(pixels, kernel[tap], out=product)
+                written[rows][inside.rows] = found[inside.where]
+        return written
+
+    def correlate(self, values: np.ndarray, *, squared: bool = False) -> np.ndarray:
+        """Return the sum over positions of each patch times values of shape (n, c_in): float64, shape (taps, c_in).
+
+        With `squared` it is the sum of squared patches times values.
+        """
+        values = values.astype("float32")
+        total = np.zeros((self.window.n_taps, self.c_in))
+        for rows, part in self._by_part():
+            if part.patches is not None:
+                patches = np.square(part.patches) if squared else part.patches
+                total += np.einsum("ntc,nc->tc", patches, values[rows])
+                continue
+            for inside, seen, grid in part.in_pieces(self.window):
+                spread = np.zeros((*grid, self.c_in), "float32")
+                spread[inside.where] = values[rows][inside.rows]
+                for tap, pixels in seen:
+                    others = (pixels, pixels) if squared else (pixels,)
+                    total[tap] += np.einsum(f"nhwc,{','.join(['nhwc'] * len(others))}->c", spread, *others)
+        return total
+
+    def _by_part(self) -> Iterator[tuple[slice, _Part]]:
+        done = 0
+        for part in self._parts:
+            yield slice(done, done + len(part.outputs)), part
+            done += len(part.outputs)
+
+    def mean_patch(self) -> np.ndarray:
+        """Mean patch, shape (taps, c_in)."""
+        weights = self.weights
+        total = np.zeros((self.window.n_taps, self.c_in))
+        for rows, patches in self.chunks():
+            total += np.einsum("n,ntc->tc", weights[rows], patches.astype(np.float64))
+        return total / weights.sum()
+
+    def ridge_regression(
+        self, *, prior: np.ndarray | None = None, ridge: float = RIDGE, n_steps: int = 100, tolerance: float = 1e-9
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return weights (taps * c_in, c_out) and bias of a dense fit by conjugate gradients over the samples.
+
+        What `Centred.ridge_regression` computes, without its Gram matrix: for more unknowns than that can hold. An
+        early end shrinks towards the prior too.
+
+        Args:
+            prior: weights that the ridge shrinks to; zeros where None.
+            ridge: strength, in mean eigenvalues of the Gram matrix.
+            n_steps: at most.
+            tolerance: squared residual, of the squared right side, at which a channel is solved.
+        """
+        n_unknowns = self.window.n_taps * self.c_in
+        total, weights = float(self.weights.sum()), self.weights
+        mean_x = self.mean_patch().reshape(-1)
+        mean_y = weights @ self.outputs / total
+        energy = 0.0
+
+        def centred() -> Iterator[tuple[slice, np.ndarray]]:
+            for rows, patches in self.chunks():
+                yield rows, patches.reshape(len(patches), -1).astype(np.float64) - mean_x
+
+        start = np.zeros((n_unknowns, self.c_out)) if prior is None else prior.copy()
+        right = np.zeros_like(start)
+        for rows, x in centred():
+            energy += float(weights[rows] @ np.square(x).sum(axis=1))
+            right += x.T @ (weights[rows, None] * (self.outputs[rows] - mean_y - x @ start))
+        strength = ridge * energy / n_unknowns
+
+        def normal(directions: np.ndarray) -> np.ndarray:
+            image = strength * directions
+            for rows, x in centred():
+                image += x.T @ (weights[rows, None] * (x @ directions))
+            return image
+
+        change = _conjugate_gradients(normal, right, n_steps, tolerance)
+        start += change
+        return start, mean_y - mean_x @ start
 
     def fit_depthwise_pointwise(
-        self, target: np.ndarray, *, ridge: float = RIDGE, n_rounds: int = 3, n_steps: int = 8
+        self,
+        target: np.ndarray,
+        *,
+        start: np.ndarray | None = None,
+        ridge: float = RIDGE,
+        n_rounds: int = 3,
+        n_steps: int = 8,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the depthwise kernel, pointwise matrix and bias that explain `target` best, by alternation.
 
-        Starts from the pixel in the middle alone, so that the first round is the best pointwise map. The pointwise
-        matrix is solved exactly; the depthwise kernel by conjugate gradients on its normal equations.
+        The pointwise matrix is solved exactly; the depthwise kernel by conjugate gradients on its normal equations.
 
         Args:
             target: shape (n, c_out).
+            start: depthwise kernel to begin with, shape (taps, c_in); the pixel in the middle alone where None, so
+                that the first round is the best pointwise map.
             ridge: strength of both regressions in mean eigenvalues.
             n_rounds: alternations; the residual never rises.
             n_steps: conjugate gradient steps in each.
@@ -392,17 +729,49 @@ class Samples:
         Returns:
             Depthwise kernel of shape (taps, c_in), pointwise matrix (c_in, c_out), bias (c_out,).
         """
-        mean_patch, mean_target = self.patches.mean(axis=0), target.mean(axis=0)
-        x = self.patches - mean_patch
-        y = (target - mean_target).astype("float32")
-        depthwise = np.zeros(x.shape[1:], "float32")
-        depthwise[self._middle_tap()] = 1.0
-        pointwise = _ridge(np.einsum("ntc,tc->nc", x, depthwise), y, ridge)
+        mean_patch, mean_target = self.mean_patch(), target.mean(axis=0)
+        y = target - mean_target
+        depthwise = np.zeros((self.window.n_taps, self.c_in))
+        if start is None:
+            depthwise[self._middle_tap()] = 1.0
+        else:
+            depthwise[:] = start
+        pointwise = _ridge(self._features(mean_patch, depthwise), y, ridge)
+        if n_rounds:
+            energy = self.correlate(np.ones((self.n, self.c_in)), squared=True) - self.n * np.square(mean_patch)
         for _ in range(n_rounds):
-            depthwise = _depthwise_step(x, y, depthwise, pointwise, ridge, n_steps)
-            pointwise = _ridge(np.einsum("ntc,tc->nc", x, depthwise), y, ridge)
-        bias = mean_target - np.einsum("tc,tc,co->o", mean_patch, depthwise, pointwise)
-        return depthwise.astype(np.float64), pointwise.astype(np.float64), bias
+            # mean diagonal of the normal equations: each tap's energy times its channel's outgoing energy
+            strength = ridge * float(np.mean(energy * np.square(pointwise).sum(axis=1)))
+            depthwise = self._depthwise_step(mean_patch, y, depthwise, pointwise, strength, n_steps)
+            pointwise = _ridge(self._features(mean_patch, depthwise), y, ridge)
+        bias = mean_target - np.einsum("tc,tc,co->o", mean_patch, depthwise, pointwise, optimize=True)
+        return depthwise, pointwise, bias
+
+    def _features(self, mean_patch: np.ndarray, depthwise: np.ndarray) -> np.ndarray:
+        """Return what a depthwise kernel writes, less its mean."""
+        return self.depthwise(depthwise) - np.einsum("tc,tc->c", mean_patch, depthwise)
+
+    def _depthwise_step(
+        self,
+        mean_patch: np.ndarray,
+        y: np.ndarray,
+        depthwise: np.ndarray,
+        pointwise: np.ndarray,
+        strength: float,
+        n_steps: int,
+    ) -> np.ndarray:
+        """Improve the depthwise kernel for a fixed pointwise matrix, by conjugate gradients from where it is."""
+        products = pointwise @ pointwise.T
+
+        def adjoint(values: np.ndarray) -> np.ndarray:
+            return self.correlate(values) - mean_patch * values.sum(axis=0, dtype=np.float64)
+
+        def normal(kernel: np.ndarray) -> np.ndarray:
+            return adjoint(self._features(mean_patch, kernel) @ products) + strength * kernel
+
+        right = (adjoint(y @ pointwise.T) - normal(depthwise)).reshape(-1, 1)
+        change = _conjugate_gradients(lambda one: normal(one.reshape(depthwise.shape)).reshape(-1, 1), right, n_steps)
+        return depthwise + change.reshape(depthwise.shape)
 
     def _middle_tap(self) -> int:
         if (tap := self.window.skip_tap) is not None:
@@ -411,49 +780,61 @@ class Samples:
 
     def explained(self, predicted: np.ndarray) -> float:
         """Return R^2 of predicted outputs, shape (n, c_out)."""
-        total = float(np.square(self.outputs - self.outputs.mean(axis=0)).sum())
-        return 1.0 if total == 0.0 else float(1.0 - np.square(self.outputs - predicted).sum() / total)
+        outputs, weights = self.outputs, self.weights
+        spread = np.square(outputs - weights @ outputs / max(weights.sum(), 1.0)).sum(axis=1)
+        total = float(weights @ spread)
+        return 1.0 if total == 0.0 else float(1.0 - weights @ np.square(outputs - predicted).sum(axis=1) / total)
+
+
+def _padded_views(window: Window, x: np.ndarray) -> np.ndarray:
+    top, bottom, left, right = window.padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))) if any(window.padding) else x
+    views = np.lib.stride_tricks.sliding_window_view(padded, window.kernel_size, axis=(1, 2))
+    return views[:, :: window.strides[0], :: window.strides[1]]
 
 
 def _ridge(features: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
     """Ridge regression of centred `y` on centred features, both (n, channels); a dead feature gets weight 0."""
-    gram = (features.T @ features).astype(np.float64)
-    gram += (ridge * np.trace(gram) / len(gram) + np.finfo("float32").tiny) * np.eye(len(gram))
-    return solve_positive(gram, (features.T @ y).astype(np.float64)).astype("float32")
+    features = features.astype(np.float64)
+    gram = features.T @ features
+    gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram) + np.finfo("float32").tiny
+    return solve_positive(gram, features.T @ y)
 
 
 def solve_positive(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solve a symmetric positive definite system: Cholesky alone, without the condition estimate of `solve`."""
-    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True), right)
+    """Solve a symmetric positive definite system: Cholesky alone, without the condition estimate of `solve`.
+
+    The matrix is overwritten.
+    """
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True), right)
 
 
-def _depthwise_step(
-    x: np.ndarray, y: np.ndarray, depthwise: np.ndarray, pointwise: np.ndarray, ridge: float, n_steps: int
+def _conjugate_gradients(
+    normal: Callable[[np.ndarray], np.ndarray], right: np.ndarray, n_steps: int, tolerance: float = 0.0
 ) -> np.ndarray:
-    """Improve the depthwise kernel for a fixed pointwise matrix, by conjugate gradients from where it is."""
-    products = pointwise @ pointwise.T
-    wanted = np.einsum("ntc,nc->tc", x, y @ pointwise.T, optimize=True)
-    # mean diagonal of the normal equations: each tap's energy times its channel's outgoing energy
-    strength = ridge * float(np.mean(np.square(x).sum(axis=0) * np.diag(products)))
+    """Solve positive definite equations for each column of `right`, from zero, in at most `n_steps` steps.
 
-    def normal(kernel: np.ndarray) -> np.ndarray:
-        features = np.einsum("ntc,tc->nc", x, kernel)
-        return np.einsum("ntc,nc->tc", x, features @ products) + strength * kernel
-
-    kernel = depthwise.copy()
-    residual = wanted - normal(kernel)
-    direction = residual.copy()
-    energy = float(np.square(residual).sum())
+    Args:
+        normal: what the matrix makes of columns.
+        right: shape (unknowns, columns).
+        n_steps: at most.
+        tolerance: squared residual, of the squared right side, at which a column is solved.
+    """
+    found = np.zeros_like(right)
+    residual, direction = right.copy(), right.copy()
+    energy = np.square(residual).sum(axis=0)
+    small = tolerance * energy
     for _ in range(n_steps):
-        if energy == 0.0:
+        if np.all(energy <= small):
             break
         image = normal(direction)
-        step = energy / float((direction * image).sum())
-        kernel += step * direction
+        curvature = np.einsum("uc,uc->c", direction, image)
+        step = np.divide(energy, curvature, out=np.zeros_like(energy), where=curvature > 0)
+        found += step * direction
         residual -= step * image
-        energy, previous = float(np.square(residual).sum()), energy
-        direction = residual + (energy / previous) * direction
-    return kernel
+        before, energy = energy, np.square(residual).sum(axis=0)
+        direction = residual + np.divide(energy, before, out=np.zeros_like(energy), where=before > 0) * direction
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Fold BatchNormalization into the layer in front of it or behind it, wherever that is exact."""
+"""Fold BatchNormalization into the layer in front of it, and preprocessing into the layer behind it, where exact."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from updp_tf import rules
-from updp_tf.structure import ModelGraph, Node, Ref
+from updp_tf import affine, rules
+from updp_tf.affine import AffineConv
+from updp_tf.structure import ModelGraph, Node, Ref, Shape
 
 _SCALE_OUTPUT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Conv2D": lambda kernel, scale: kernel * scale,
@@ -66,3 +67,79 @@ def folded_layer(writer: Node, norm_node: Node) -> Any | None:
     clone.kernel.assign(scale_output(kernel, norm.scale))
     clone.bias.assign(bias * norm.scale + norm.shift)
     return clone
+
+
+_KERNEL_OF: dict[str, Callable[[AffineConv, np.ndarray], np.ndarray]] = {
+    "Conv2D": lambda one, kernel: one.kernel,
+    "Dense": lambda one, kernel: one.kernel[0, 0],
+    "DepthwiseConv2D": lambda one, kernel: one.kernel.reshape(kernel.shape),
+}
+"""How a map is written as the kernel of each kind; the second argument is the kernel it had."""
+
+
+def fold_preprocessing_in(graph: ModelGraph) -> tuple[ModelGraph, tuple[str, ...]]:
+    """Return the graph with `Rescaling` and `Normalization` folded into the layer that reads them, where exact.
+
+    A scale passes zero padding, a shift does not: the layer would be shown zeros where the network shows it shifts.
+
+    Returns:
+        The graph, and the names of the folded calls. Outputs are equal up to rounding.
+    """
+    folded: list[str] = []
+    # From the back: what is folded first makes way for the one in front of it.
+    for name in [node.name for node in reversed(graph.nodes) if node.kind in rules.PREPROCESSING]:
+        found = _read_scaled(graph, graph.by_name[name])
+        if found is not None:
+            reader, layer = found
+            nodes = tuple(replace(node, layer=layer) if node.name == reader else node for node in graph)
+            (source,) = graph.by_name[name].inputs
+            graph = replace(graph, nodes=nodes).replace_site((name,), (), Ref(name), source)
+            folded.append(name)
+    return graph, tuple(folded)
+
+
+def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | None:
+    """Return the call that alone reads a preprocessing call, and its layer with that folded in; None where inexact."""
+    (source,) = node.inputs
+    if "float" not in graph.dtype(source):
+        return None  # it also turns whole numbers into fractions
+    channels = int(node.shapes[0][-1] or 0)
+    padded = False
+    reader = node
+    while True:
+        ref = Ref(reader.name)
+        readers = graph.readers.get(ref, ())
+        if len(readers) != 1 or ref in graph.output_refs:
+            return None
+        reader = graph.by_name[readers[0]]
+        if reader.kind == "ZeroPadding2D" and getattr(reader.layer, "data_format", "") == "channels_last":
+            padded = True
+        elif not rules.is_passive(reader):
+            break
+    if reader.kind not in _KERNEL_OF or reader.name not in graph.called_once:
+        return None
+    if getattr(reader.layer, "data_format", "channels_last") != "channels_last":
+        return None
+    try:
+        scale_and_shift = rules.preprocessing(node, channels)
+        (one,) = rules.LINEAR[reader.kind](reader.layer, _as_image(graph.shape(reader.inputs[0])))
+    except rules.Unsupported:
+        return None
+    if scale_and_shift is None or one.c_in != channels:
+        return None
+    scale, shift = scale_and_shift
+    if shift.any() and (padded or one.pads):
+        return None
+    one = affine.fold_norm_before(one, scale, shift)
+    config = reader.layer.get_config()
+    config["use_bias"] = True
+    clone = type(reader.layer).from_config(config)
+    clone.build(reader.layer.get_build_config()["input_shape"])
+    clone.kernel.assign(_KERNEL_OF[reader.kind](one, rules.as_array(reader.layer.kernel)))
+    clone.bias.assign(one.bias)
+    return reader.name, clone
+
+
+def _as_image(shape: Shape) -> Shape:
+    """Tokens and vectors as images, for rules that read the spatial axes."""
+    return shape if len(shape) == 4 else (shape[0], 1, 1, shape[-1])

@@ -14,11 +14,14 @@ import numpy as np
 from updp_tf import affine
 from updp_tf.affine import AffineConv, Padding
 from updp_tf.errors import FormError, ShapeError
-from updp_tf.fit import Centred, Samples, Window
+from updp_tf.fit import Centred, Samples, Window, weights_in
 from updp_tf.structure import Block, Cost, LayerSpec, Refusal
 
 SkipMode = Literal["kept", "folded"]
 Evidence = Literal["moments", "samples"]
+
+NORM_EPSILON = 1e-3
+"""Of the norm that a scale becomes: Keras' own default."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,8 @@ class Fitted:
         dropped: part of the kernel's energy that was cropped away (starts without images only).
         border: constant map of shape (height, width, channels) that is added after them, or None: what the block's
             inner biases, which its own padding never sees, leave out at the border.
+        statistics: mean and variance of each channel of the entry, each of shape (c_in,), or None where no image told
+            them: a scale becomes a norm, which keeps true statistics.
     """
 
     maps: tuple[AffineConv, ...]
@@ -39,6 +44,7 @@ class Fitted:
     r2: float | None = None
     dropped: float = 0.0
     border: np.ndarray | None = None
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def fitted_to_arrays(fitted: Fitted) -> dict[str, np.ndarray]:
@@ -46,6 +52,8 @@ def fitted_to_arrays(fitted: Fitted) -> dict[str, np.ndarray]:
     arrays = {"keeps_skip": np.array(fitted.keeps_skip)}
     if fitted.border is not None:
         arrays["border"] = fitted.border
+    if fitted.statistics is not None:
+        arrays["mean"], arrays["variance"] = fitted.statistics
     for index, one in enumerate(fitted.maps):
         arrays[f"{index}/kernel"] = one.kernel
         arrays[f"{index}/bias"] = one.bias
@@ -69,7 +77,9 @@ def fitted_from_arrays(arrays: Mapping[str, np.ndarray], *, r2: float | None) ->
                 padding=(geometry[5], geometry[6], geometry[7], geometry[8]),
             )
         )
-    return Fitted(tuple(maps), bool(arrays["keeps_skip"]), r2, border=arrays.get("border"))
+    statistics = (arrays["mean"], arrays["variance"]) if "mean" in arrays else None
+    border = arrays.get("border")
+    return Fitted(tuple(maps), bool(arrays["keeps_skip"]), r2, border=border, statistics=statistics)
 
 
 @runtime_checkable
@@ -126,10 +136,16 @@ def window_of_size(block: Block, kernel_size: int) -> Window | None:
     return Window((kernel_size, kernel_size), block.geometry.strides, (pads[0], pads[1], pads[2], pads[3]))
 
 
-def _refuse_geometry(block: Block, name: str, kernel_size: int) -> Refusal | None:
+def _refuse_window(block: Block, name: str, kernel_size: int) -> Refusal | None:
+    """Say why no kernel of this size can stand for the block, or None."""
     if block.geometry is None:
-        reason = block.linear_refusal.reason if block.linear_refusal else "it has no linear map"
-        return Refusal(block.name, name, reason)
+        refusal = block.geometry_refusal
+        return Refusal(block.name, name, refusal.reason if refusal else "no window of its entry is known")
+    if kernel_size > 1 and block.rank != 4:
+        return Refusal(block.name, name, f"it reads {'tokens' if block.rank == 3 else 'vectors'}, not images")
+    if kernel_size > max(block.geometry.kernel_size):
+        own = "x".join(map(str, block.geometry.kernel_size))
+        return Refusal(block.name, name, f"the block itself reads {own} pixels, less than the form")
     if window_of_size(block, kernel_size) is None:
         return Refusal(
             block.name, name, f"a {kernel_size}x{kernel_size} kernel would need negative padding to stay aligned"
@@ -154,12 +170,21 @@ def _cost(
     padded = _padded_bytes(block, window)
     running = max(padded + (inner_bytes or exit_bytes), inner_bytes + exit_bytes)
     # The Add reads the form's output and the skip's, and writes a third; an identity's is the input.
-    adding = exit_bytes * ((3 if block.skip_nodes else 2) if keeps_skip else 1)
+    adding = exit_bytes * ((3 if block.skip_kind == "projection" else 2) if keeps_skip else 1)
     return Cost(
         macs=weights * _positions(block) + kept.macs,
         params=weights + biases + kept.params,
         activation_bytes=block.live_bytes + max(running, adding),
     )
+
+
+def cost_of_fitted(form: Form, block: Block, fitted: Fitted, *, skip: SkipMode) -> Cost:
+    """Return what a form costs with the maps it was fitted to: a border is one more tensor written."""
+    cost = form.cost(block, skip=skip)
+    if fitted.border is None:
+        return cost
+    adding = block.live_bytes + 2 * 4 * _positions(block) * block.c_out
+    return replace(cost, activation_bytes=max(cost.activation_bytes, adding))
 
 
 def _padded_bytes(block: Block, window: Window | None) -> int:
@@ -176,40 +201,34 @@ def explained_by(block: Block, fitted: Fitted, samples: Samples) -> float | None
     """Return R^2 of fitted maps on samples of their window, None where the window does not show the kept skip."""
     if fitted.keeps_skip and block.skip is not None and samples.window.skip_tap is None:
         return None
-    predicted = np.zeros_like(samples.outputs)
+    predicted = np.zeros((samples.n, samples.c_out))
     if fitted.keeps_skip and block.skip is not None:
         predicted += samples.skip(block.skip)
     if len(fitted.maps) == 1:
         predicted += samples.convolve(fitted.maps[0])
     elif fitted.maps:
         depthwise, pointwise = fitted.maps
-        taps = depthwise.kernel.reshape(samples.window.n_taps, -1).astype("float32")
-        features = np.einsum("ntc,tc->nc", samples.patches, taps)
-        predicted += features @ pointwise.kernel[0, 0] + pointwise.bias
+        predicted += (samples.convolve(depthwise) @ pointwise.kernel[0, 0]) + pointwise.bias
     return samples.explained(predicted)
-
-
-def _as_skip(block: Block, moments: Centred) -> np.ndarray | None:
-    """The skip as weights, or None where there is none or its pixel lies outside the window."""
-    if block.skip is None or moments.window.skip_tap is None:
-        return None
-    return moments.weights_of(block.skip)
 
 
 @dataclass(frozen=True)
 class ConvForm:
-    """One dense k x k convolution; the skip is folded into it or kept as an Add."""
+    """One dense k x k convolution; the skip is folded into it or kept as an Add.
+
+    With k = 1 it is the form `pointwise`: a 1x1 convolution, or a Dense layer on tokens and vectors.
+    """
 
     kernel_size: int
 
     @property
     def name(self) -> str:
-        """`conv` and the kernel size."""
-        return f"conv{self.kernel_size}"
+        """`pointwise`, or `conv` and the kernel size."""
+        return "pointwise" if self.kernel_size == 1 else f"conv{self.kernel_size}"
 
     def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
         """Refuse where the kernel cannot be aligned, or where the skip's pixel lies outside it."""
-        refusal = _refuse_geometry(block, self.name, self.kernel_size)
+        refusal = _refuse_window(block, self.name, self.kernel_size)
         if refusal is not None or block.skip is None:
             return refusal
         window = self.window(block)
@@ -236,16 +255,22 @@ class ConvForm:
 
     def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
         """Ridge regression of the output on patches, drawn towards the skip."""
-        moments = _moments(evidence, self.name)
-        prior = _as_skip(block, moments)
-        weights = moments.ridge_regression(prior=prior, ridge=ridge)
+        if evidence is None:
+            raise FormError(f"'{self.name}' is fitted to images: give calibration images.")
+        window = evidence.window
+        prior = None if block.skip is None else weights_in(window, block.skip)
+        r2: float | None = None
+        if isinstance(evidence, Centred):
+            weights = evidence.ridge_regression(prior=prior, ridge=ridge)
+            bias, r2 = evidence.bias_of(weights), evidence.explained(weights)
+        else:
+            weights, bias = evidence.ridge_regression(prior=prior, ridge=ridge)
         keeps_skip = skip == "kept" and prior is not None
         body = weights - prior if keeps_skip and prior is not None else weights
-        bias = moments.bias_of(weights)
         if keeps_skip and block.skip is not None:
             bias = bias - block.skip.bias
-        fitted = _as_map(moments.window, body, bias)
-        return Fitted((fitted,), keeps_skip, moments.explained(weights))
+        fitted = Fitted((_as_map(window, body, bias),), keeps_skip, r2)
+        return replace(fitted, r2=explained_by(block, fitted, evidence)) if isinstance(evidence, Samples) else fitted
 
     def from_maps(
         self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
@@ -296,7 +321,7 @@ class SeparableForm:
 
     def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
         """Refuse where the kernel cannot be aligned."""
-        refusal = _refuse_geometry(block, self.name, self.kernel_size)
+        refusal = _refuse_window(block, self.name, self.kernel_size)
         if refusal is not None or block.skip is None:
             return refusal
         window = self.window(block)
@@ -343,6 +368,58 @@ class SeparableForm:
 
 
 @dataclass(frozen=True)
+class ScaleForm:
+    """One scale and one offset per channel; an identity skip is a part of them.
+
+    It becomes a BatchNormalization with the true statistics of what it reads: the one stock layer of any rank whose
+    scale and offset are trainable, and which a `.tflite` file holds as one MUL and one ADD, or as nothing where the
+    layer in front absorbs it.
+    """
+
+    name: str = "scale"
+
+    def refuses(self, block: Block, *, skip: SkipMode) -> Refusal | None:
+        """Refuse a block that changes shape."""
+        if (refusal := _refuse_window(block, self.name, 1)) is not None:
+            return refusal
+        window = self.window(block)
+        if block.entry_shape != block.exit_shape or window != Window((1, 1), (1, 1), (0, 0, 0, 0)):
+            return Refusal(block.name, self.name, "its entry and its exit have other shapes")
+        return None
+
+    def cost(self, block: Block, *, skip: SkipMode) -> Cost:
+        """No multiplication that counts as one, and four numbers per channel: a norm's."""
+        exit_bytes = 4 * _positions(block) * block.c_out
+        return Cost(0, 4 * block.c_out, block.live_bytes + exit_bytes)
+
+    def window(self, block: Block) -> Window | None:
+        """A pixel."""
+        return window_of_size(block, 1)
+
+    @property
+    def evidence(self) -> Evidence:
+        """Moments."""
+        return "moments"
+
+    def fit(self, block: Block, evidence: Centred | Samples | None, *, skip: SkipMode, ridge: float) -> Fitted:
+        """Ridge regression of each channel on itself, drawn towards the skip."""
+        if not isinstance(evidence, Centred):
+            raise FormError(f"'{self.name}' is fitted to images: give calibration images.")
+        prior = 1.0 if block.skip_kind == "identity" else 0.0
+        scale = evidence.scale_regression(prior=prior, ridge=ridge)
+        weights = np.diag(scale)
+        map = affine.from_scale(scale, evidence.bias_of(weights))
+        statistics = (evidence.mean_x, np.maximum(np.diag(evidence.gram), 0.0))
+        return Fitted((map,), False, evidence.explained(weights), statistics=statistics)
+
+    def from_maps(
+        self, block: Block, maps: Sequence[AffineConv], *, skip: SkipMode, exact_border: bool = False
+    ) -> Fitted | Refusal:
+        """Refused: a block's own layers mix channels."""
+        return Refusal(block.name, self.name, "needs calibration images: it is only fitted")
+
+
+@dataclass(frozen=True)
 class RemoveForm:
     """Nothing: only the block's own skip is left."""
 
@@ -356,7 +433,7 @@ class RemoveForm:
 
     def cost(self, block: Block, *, skip: SkipMode) -> Cost:
         """What the projection costs; nothing for an identity."""
-        written = 4 * _positions(block) * block.c_out if block.skip_nodes else 0
+        written = 4 * _positions(block) * block.c_out if block.skip_kind == "projection" else 0
         return Cost(block.skip_cost.macs, block.skip_cost.params, block.live_bytes + written)
 
     def window(self, block: Block) -> Window | None:
@@ -379,12 +456,6 @@ class RemoveForm:
         return Refusal(block.name, self.name, "needs calibration images: nothing else tells what the block does")
 
 
-def _moments(evidence: Centred | Samples | None, name: str) -> Centred:
-    if not isinstance(evidence, Centred):
-        raise FormError(f"'{name}' is fitted to images: give calibration images.")
-    return evidence
-
-
 def _as_map(window: Window, weights: np.ndarray, bias: np.ndarray) -> AffineConv:
     kernel = weights.reshape(*window.kernel_size, -1, weights.shape[-1])
     return AffineConv(kernel, bias, strides=window.strides, padding=window.padding)
@@ -392,8 +463,7 @@ def _as_map(window: Window, weights: np.ndarray, bias: np.ndarray) -> AffineConv
 
 def fold_skip(map: AffineConv, skip: AffineConv) -> AffineConv:
     """Return `map(x) + skip(x)` as one map."""
-    is_identity = skip.strides == (1, 1) and skip.groups == skip.c_in == skip.c_out
-    if is_identity and np.all(skip.kernel == 1) and not np.any(skip.bias):
+    if affine.is_identity(skip):
         return affine.add_identity_skip(map)
     return affine.add_projection_skip(map, affine.regroup(skip, 1))
 
@@ -404,7 +474,7 @@ def explains_all_of(larger: Form, smaller: Form) -> bool:
         return False
     if isinstance(smaller, ConvForm | SeparableForm):
         return smaller.kernel_size <= larger.kernel_size
-    return isinstance(smaller, RemoveForm)
+    return isinstance(smaller, RemoveForm | ScaleForm)
 
 
 _registry: dict[str, Form] = {}
@@ -441,24 +511,49 @@ def form_by_name(name: str) -> Form:
 
 
 BUILT_IN: tuple[Form, ...] = (
-    ConvForm(1),
     ConvForm(3),
     ConvForm(5),
+    ConvForm(7),
     SeparableForm(3),
     SeparableForm(5),
+    SeparableForm(7),
+    ConvForm(1),
+    ScaleForm(),
     RemoveForm(),
 )
 for _form in BUILT_IN:
     register_form(_form)
 
 
-def layer_specs(map: AffineConv, name: str) -> Iterator[LayerSpec]:
+def scale_spec(map: AffineConv, name: str, statistics: tuple[np.ndarray, np.ndarray] | None) -> LayerSpec:
+    """Return the BatchNormalization of a map of each channel to itself, as data.
+
+    Its statistics are those of what it reads, so that training may go on and statistics be re-estimated.
+    """
+    scale, shift = map.kernel[0, 0, 0], map.bias
+    mean, variance = statistics or (np.zeros_like(scale), np.ones_like(scale))
+    weights = (scale * np.sqrt(variance + NORM_EPSILON), shift + scale * mean, mean, variance)
+    config = {"epsilon": NORM_EPSILON, "name": name}
+    return LayerSpec("BatchNormalization", config, tuple(one.astype(np.float32) for one in weights))
+
+
+def layer_specs(map: AffineConv, name: str, *, rank: int = 4) -> Iterator[LayerSpec]:
     """Yield the Keras layers of one linear map, as data: padding where the convolution has no word for it, and itself.
 
     Args:
         map: any map that Keras can run; strides and dilation over 1 together are written out.
         name: of the convolution.
+        rank: of the tensors: on tokens and vectors a 1x1 convolution is a Dense layer.
+
+    Raises:
+        ShapeError: a map of a window on tensors that are no images.
     """
+    if rank != 4:
+        if not map.is_pointwise:
+            raise ShapeError(f"{map!r} reads images, not tensors of rank {rank}.")
+        kernel, bias = affine.regroup(map, 1).kernel[0, 0].astype(np.float32), map.bias.astype(np.float32)
+        yield LayerSpec("Dense", {"units": map.c_out, "name": name}, (kernel, bias))
+        return
     if max(map.strides) > 1 and max(map.dilation_rate) > 1:
         map = affine.write_out_dilation(map)
     padding = "same" if _is_same(map.kernel_size, map.dilation_rate, map.strides, map.padding) else "valid"

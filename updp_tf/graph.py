@@ -6,9 +6,11 @@ Nested models are flattened. The user's layers are never called symbolically: a 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import keras
@@ -16,9 +18,7 @@ import numpy as np
 
 from updp_tf import _keras
 from updp_tf.errors import ModelError
-from updp_tf.structure import ModelGraph, Node, Ref, Shape, map_refs, refs_in
-
-_REBUILD = "Rebuild it as a Functional model: outputs = your_calls(inputs); keras.Model(inputs, outputs)."
+from updp_tf.structure import ModelGraph, Node, Ref, Refusal, Shape, map_refs, refs_in
 
 
 def read_graph(model: Any) -> ModelGraph:
@@ -34,7 +34,27 @@ def read_graph(model: Any) -> ModelGraph:
     reader = _Reader()
     inputs = reader.read_inputs(functional)
     outputs = reader.read_calls(functional, prefix="")
-    return ModelGraph(name=model.name, nodes=tuple(reader.nodes), inputs=inputs, outputs=outputs)
+    return ModelGraph(model.name, tuple(reader.nodes), inputs, outputs, refused=tuple(reader.refused))
+
+
+def read_calls(
+    bound: Sequence[tuple[Any, Ref]], outputs: Sequence[Any], *, name_of: Callable[[Any], str], taken: set[str]
+) -> tuple[tuple[Node, ...], tuple[Ref, ...]]:
+    """Return the calls that lead to some symbolic tensors, as nodes of a larger graph.
+
+    Args:
+        bound: symbolic tensors that the calls start from, each with the tensor of the larger graph it stands for.
+        outputs: symbolic tensors to read the way to.
+        name_of: name for the node of an operation; made unique here.
+        taken: names that are in use; the new ones are added.
+
+    Returns:
+        The nodes, and the tensors they write as outputs.
+    """
+    reader = _Reader(name_of, taken)
+    reader.bind([tensor for tensor, _ in bound], [ref for _, ref in bound])
+    reader.read(_keras.calls_between((tensor for tensor, _ in bound), outputs), prefix="")
+    return tuple(reader.nodes), tuple(reader.ref(tensor) for tensor in outputs)
 
 
 def _functional_or_raise(model: Any) -> Any:
@@ -48,19 +68,44 @@ def _functional_or_raise(model: Any) -> Any:
         raise ModelError(f"Expected a keras.Model. Received: {type(model).__module__}.{type(model).__name__}")
     functional = _keras.as_functional(model)
     if functional is None:
-        if isinstance(model, keras.Sequential):
+        if isinstance(model, keras.Sequential) and not model.built:
             raise ModelError(f"The Sequential model '{model.name}' is not built; give it a keras.Input first.")
-        raise ModelError(f"'{model.name}' is a subclassed model, whose calls cannot be read. {_REBUILD}")
+        raise ModelError(_subclassed(model))
     return functional
+
+
+def _subclassed(model: Any) -> str:
+    shape = (model.get_build_config() or {}).get("input_shape")
+    source = f"keras.Input({tuple(shape[1:])})" if isinstance(shape, tuple) and shape else "keras.Input(shape)"
+    return (
+        f"{_unreadable(model)} Rebuild it as a Functional model: inputs = {source}; "
+        "keras.Model(inputs, model.call(inputs)) shares its layers and weights, wherever `call` uses Keras layers "
+        "and keras.ops alone."
+    )
+
+
+def _unreadable(model: Any) -> str:
+    held = [f"'{layer.name}' ({type(layer).__name__})" for layer in model.layers]
+    listed = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+    return (
+        f"'{model.name}' is a subclassed model: what {type(model).__qualname__}.call does between its layers "
+        f"({listed or 'it has none'}) cannot be read."
+    )
 
 
 class _Reader:
     """Walks a model once, collecting nodes; tensors of all nesting levels share one table."""
 
-    def __init__(self) -> None:
+    def __init__(self, name_of: Callable[[Any], str] | None = None, taken: set[str] | None = None) -> None:
         self.nodes: list[Node] = []
+        self.refused: list[Refusal] = []
+        self._name_of = name_of
         self._ref_by_tensor: dict[int, Ref] = {}
-        self._names: set[str] = set()
+        self._names: set[str] = set() if taken is None else taken
+
+    def bind(self, tensors: Sequence[Any], refs: Sequence[Ref]) -> None:
+        for tensor, ref in zip(tensors, refs, strict=True):
+            self._ref_by_tensor[id(tensor)] = ref
 
     def read_inputs(self, functional: Any) -> Any:
         return keras.tree.map_structure(self._read_input, _keras.input_structure(functional))
@@ -74,24 +119,30 @@ class _Reader:
         return Ref(node.name)
 
     def read_calls(self, functional: Any, prefix: str) -> Any:
-        for call in _keras.calls(functional):
-            if call.is_input:
-                continue
+        self.read((call for call in _keras.calls(functional) if not call.is_input), prefix)
+        return keras.tree.map_structure(self.ref, _keras.output_structure(functional))
+
+    def ref(self, tensor: Any) -> Ref:
+        return self._ref_by_tensor[id(tensor)]
+
+    def read(self, calls: Iterable[_keras.Call], prefix: str) -> None:
+        for call in calls:
             inner = _keras.as_functional(call.operation)
             if inner is None:
                 self._read_call(call, prefix)
             else:
                 self._read_nested(call, inner, prefix)
-        return keras.tree.map_structure(
-            lambda tensor: self._ref_by_tensor[id(tensor)], _keras.output_structure(functional)
-        )
 
     def _read_call(self, call: _keras.Call, prefix: str) -> None:
         args, kwargs = self._as_data(call.args), self._as_data(call.kwargs)
-        name = self._unique(prefix + call.operation.name)
+        name = self._unique(prefix + call.operation.name if self._name_of is None else self._name_of(call.operation))
         shapes = tuple(tuple(tensor.shape) for tensor in call.outputs)
         dtypes = tuple(str(tensor.dtype) for tensor in call.outputs)
-        kind = type(call.operation).__name__
+        kind = _keras.kind_of(type(call.operation))
+        if isinstance(call.operation, keras.Model):
+            kind_name = type(call.operation).__qualname__
+            advice = f"updp_tf.register_expansion({kind_name}) takes `call` for what it is made of."
+            self.refused.append(Refusal(name, "read", f"{_unreadable(call.operation)} {advice}"))
         self.nodes.append(Node(name, call.operation, kind, args, kwargs, shapes, dtypes))
         for index, tensor in enumerate(call.outputs):
             self._ref_by_tensor[id(tensor)] = Ref(name, index)
@@ -104,8 +155,7 @@ class _Reader:
                 f"{len(outer_refs)} tensors; call it with exactly its inputs."
             )
         before = dict(self._ref_by_tensor)
-        for tensor, ref in zip(inner.inputs, outer_refs, strict=True):
-            self._ref_by_tensor[id(tensor)] = ref
+        self.bind(inner.inputs, outer_refs)
         results = refs_in(self.read_calls(inner, prefix=f"{prefix}{call.operation.name}_"))
         # A nested model may be called twice: its inner tensors mean another thing the next time.
         self._ref_by_tensor = before
@@ -114,7 +164,7 @@ class _Reader:
 
     def _as_data(self, value: Any) -> Any:
         def convert(item: Any) -> Any:
-            return self._ref_by_tensor[id(item)] if isinstance(item, keras.KerasTensor) else item
+            return self.ref(item) if isinstance(item, keras.KerasTensor) else item
 
         return keras.tree.map_structure(convert, value)
 
@@ -163,6 +213,11 @@ def _layer_name(node: Node, taken: set[str]) -> str:
 
 
 def _clone(layer: Any, name: str) -> Any:
+    if isinstance(layer, keras.layers.Lambda):
+        # Its function is here already: nothing has to be deserialized, which Keras refuses for lambdas.
+        output_shape = _keras.lambda_output_shape(layer)
+        kept = {"mask": layer.mask, "arguments": dict(layer.arguments), "dtype": layer.dtype_policy}
+        return type(layer)(layer.function, output_shape, name=name, **kept)
     try:
         config = layer.get_config()
         if "name" in config:  # some operations take none
@@ -211,9 +266,15 @@ def run_nodes(nodes: Iterable[Node], values: MutableMapping[Ref, Any]) -> None:
     for node in nodes:
         if node.is_input:
             continue
-        if node.kwargs.get("training"):
+        if _takes_training(type(node.layer).call):
+            # Explicitly: image augmentations take it for granted that they are called in training.
             node = replace(node, kwargs={**node.kwargs, "training": False})
         _store(values, node, _call(node.layer, node, values))
+
+
+@cache
+def _takes_training(call: Any) -> bool:
+    return "training" in inspect.signature(call).parameters
 
 
 def split_activations(graph: ModelGraph, *, kinds: Iterable[str]) -> ModelGraph:
@@ -274,6 +335,8 @@ def fingerprint(graph: ModelGraph) -> str:
 
     for node in graph:
         config = {} if node.is_input else node.layer.get_config()
+        # The node's name stands for the layer's: layers inside other layers are numbered anew in every process.
+        config.pop("name", None)
         args, kwargs = (map_refs(data, str) for data in (node.args, dict(node.kwargs)))
         add(node.name, node.kind, args, kwargs, node.shapes, config)
     add(map_refs(graph.inputs, str), map_refs(graph.outputs, str))
@@ -284,6 +347,8 @@ def _as_json(value: Any) -> Any:
     """Constants of operations as numbers, everything else by the name of its type: a repr may hold an address."""
     if isinstance(value, np.generic | np.ndarray) or keras.ops.is_tensor(value):
         return keras.ops.convert_to_numpy(value).tolist()
+    if isinstance(value, slice):
+        return ["slice", value.start, value.stop, value.step]
     return type(value).__name__
 
 

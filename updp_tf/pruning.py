@@ -26,7 +26,7 @@ from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport
 from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
-from updp_tf.structure import Candidate, Cost, Refusal
+from updp_tf.structure import Candidate, Cost, Refusal, block_name
 from updp_tf.walking import Progress, default_batch_size
 
 DEFAULT_BUDGET = {"macs": 0.8}
@@ -54,6 +54,7 @@ class Options:
             gain by it.
         exact_borders: without images, merge so that border pixels are those of the linearised block too: one more Add
             in each merged block, and only where its size is fixed and 1x1 layers alone come before its padding.
+        spans: up to how many consecutive blocks one form may replace; only where forms are fitted to images.
         ridge: strength of the regressions in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
@@ -66,6 +67,7 @@ class Options:
     refit: bool = True
     reconstruct_steps: int = 0
     exact_borders: bool = False
+    spans: int = 1
     ridge: float = RIDGE
     seed: int = 0
     memory_bytes: int = DEFAULT_LIMIT_BYTES
@@ -125,7 +127,7 @@ def prune(
         else:
             solution, note = _solve(blocks, scores, budget)
             notes = (note,) if note else ()
-            merged = _merge(blocks, _choices(solution.chosen), images, scores, options, progress)
+            merged = _merge(blocks, solution.chosen, images, scores, options, progress)
         if options.reconstruct_steps and images is not None:
             merged, note = _reconstructed(model, merged, images, options, progress)
             notes = (*notes, note)
@@ -185,7 +187,7 @@ def search(
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
     solution, note = _solve(blocks, scores, budget)
-    fitted = {one.blocks[0]: scores.fitted[one.key] for one in solution.chosen}
+    fitted = {block_name(one.blocks): scores.fitted[one.key] for one in solution.chosen}
     plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if note:
         plan = replace(plan, notes=(note,))
@@ -223,7 +225,8 @@ def merge(
     check_fingerprint(plan, fingerprint(blocks.graph), [node.name for node in blocks.graph])
     for edit in plan.edits:
         require_names(edit.blocks, blocks)
-    choices = tuple(Choice(edit.blocks[0], edit.form, edit.options["skip"]) for edit in plan.edits)
+    blocks = blocks.joined(edit.blocks for edit in plan.edits)
+    choices = tuple(Choice(block_name(edit.blocks), edit.form, edit.options["skip"]) for edit in plan.edits)
     if not choices:
         raise PlanError(f"The plan for '{plan.model}' merges nothing.")
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
@@ -252,7 +255,7 @@ def _given(
             raise PlanError(
                 f"The arrays beside the plan were fitted to other weights of '{plan.model}'; give calibration images."
             )
-        return {edit.blocks[0]: fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
+        return {block_name(edit.blocks): fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
     if start == "least_squares":
         raise PlanError(
             "The plan has no fitted arrays beside it: give calibration images, load the plan from its file, or set "
@@ -334,6 +337,7 @@ def _score(
         skip=options.skip,
         unit=budget.unit,
         cheapest_too=bool(budget.limits),
+        spans=options.spans,
         ridge=options.ridge,
         seed=options.seed,
         memory_bytes=options.memory_bytes,
@@ -370,21 +374,19 @@ def _outside_peak(blocks: Blocks) -> int:
     return max((size for name, size in liveness(blocks.graph).total.items() if name not in inside), default=0)
 
 
-def _choices(chosen: Iterable[Candidate]) -> tuple[Choice, ...]:
-    return tuple(Choice(one.blocks[0], one.form, one.options["skip"]) for one in chosen)
-
-
 def _merge(
     blocks: Blocks,
-    choices: Sequence[Choice],
+    chosen: Sequence[Candidate],
     images: np.ndarray | None,
     scores: Scores,
     options: Options,
     progress: Progress | None,
 ) -> Merged:
+    blocks = blocks.joined(one.blocks for one in chosen)
+    choices = tuple(Choice(block_name(one.blocks), one.form, one.options["skip"]) for one in chosen)
     if options.start == "least_squares" and images is not None:
         return _merge_with_images(blocks, choices, images, options, progress)
-    fitted = {one.block: scores.fitted[f"{one.block}={one.form}"] for one in choices}
+    fitted = {block_name(one.blocks): scores.fitted[one.key] for one in chosen}
     if images is None:
         return merge_fitted(blocks, choices, fitted, kind="linearized")
     return _merge_with_images(blocks, choices, images, options, progress, fitted=fitted)
@@ -461,7 +463,7 @@ def _from_accuracy(
         except BudgetError:
             low = middle
             continue
-        merged = _merge(blocks, _choices(solution.chosen), images, scores, options, progress)
+        merged = _merge(blocks, solution.chosen, images, scores, options, progress)
         drop = drop_of(*_held_out_outputs(model, merged.model, images, options))
         least = min(least, drop)
         if drop <= bound:
@@ -535,15 +537,17 @@ def _plan(
     *,
     has_arrays: bool = False,
 ) -> Plan:
+    chosen = tuple(chosen)
+    joined = blocks.joined(one.blocks for one in chosen)
     edits = [
         Edit(
             blocks=one.blocks,
-            site=blocks[one.blocks[0]].nodes,
+            site=joined[block_name(one.blocks)].nodes,
             form=one.form,
             options=dict(one.options),
             score=one.score,
-            r2=fitted[one.blocks[0]].r2,
-            arrays=one.blocks[0] if has_arrays else None,
+            r2=fitted[block_name(one.blocks)].r2,
+            arrays=block_name(one.blocks) if has_arrays else None,
         )
         for one in chosen
     ]
@@ -561,7 +565,7 @@ def _arrays(plan: Plan, fitted: Mapping[str, Fitted]) -> dict[str, np.ndarray]:
     return {
         f"{edit.arrays}/{name}": array
         for edit in plan.edits
-        for name, array in fitted_to_arrays(fitted[edit.blocks[0]]).items()
+        for name, array in fitted_to_arrays(fitted[block_name(edit.blocks)]).items()
     }
 
 

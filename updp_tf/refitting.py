@@ -92,7 +92,7 @@ def refit_closing_layer(
     if ridge is None:
         return None
     # The strength is chosen: now every image may help.
-    seen.add_samples(unseen.patches, unseen.outputs)
+    seen.add_all(unseen)
     every = seen.centred()
     weights = every.ridge_regression(prior=closing.map.kernel.reshape(-1, closing.map.c_out), ridge=ridge)
     changed = {node.name: node for node in _with_weights(walk, closing, weights, every)}

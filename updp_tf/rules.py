@@ -1,26 +1,36 @@
 """What this package knows of each Keras layer kind: one readable table per concern.
 
 `LINEAR` turns a layer into linear maps, `NORMS` tells what a normalization does at inference, `ACTIVATIONS` names
-element-wise functions, `PASSIVE` lists what does nothing at inference, `MACS` counts multiplications.
+element-wise functions, `PASSIVE` lists what does nothing at inference, `MACS` counts multiplications. Tables are read
+by `Node.kind`: the class name of a stock Keras layer, the full name of any other.
+
+`register_linear` and `register_activation` add rules for layers of one's own. What such a rule says is compared with
+what the layer does, when a model with one is read for the first time.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
 
-from updp_tf import affine
-from updp_tf.activations import Activation, make_activation
+from updp_tf import _keras, affine
+from updp_tf.activations import Activation, OwnActivation, make_activation
 from updp_tf.affine import AffineConv
-from updp_tf.structure import Node, Shape
+from updp_tf.errors import RuleError, ShapeError
+from updp_tf.structure import Node, Shape, map_refs
 
 
 class Unsupported(Exception):
-    """A layer whose rule does not cover this configuration; the message is the reason. Never leaves this package."""
+    """What a rule raises for a layer whose configuration it does not cover; the message is the reason.
+
+    It reads on from the layer's name: "pads with reflections". The layer then counts as unknown.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +49,7 @@ def as_array(variable: Any) -> np.ndarray:
 
 
 def linear_maps(node: Node, input_shape: Shape) -> tuple[AffineConv, ...] | None:
-    """Return the linear maps of a call on an NHWC tensor, or None if its kind is not linear.
+    """Return the linear maps of a call on an NHWC tensor, in order, or None if its kind is not linear.
 
     Raises:
         Unsupported: the kind is linear but this configuration is not covered.
@@ -55,7 +65,10 @@ def linear_maps(node: Node, input_shape: Shape) -> tuple[AffineConv, ...] | None
         raise Unsupported("is channels_first")
     if getattr(node.layer, "lora_enabled", False) or getattr(node.layer, "quantization_mode", None):
         raise Unsupported("has quantized or LoRA weights")
-    return rule(node.layer, input_shape)
+    maps = rule(node.layer, input_shape)
+    if node.kind in _own:
+        _check_linear(node, input_shape, maps)
+    return maps
 
 
 def _same_padding(layer: Any, shape: Shape) -> tuple[int, int, int, int]:
@@ -124,6 +137,11 @@ def _dense(layer: Any, shape: Shape) -> tuple[AffineConv, ...]:
     return (affine.from_dense(as_array(layer.kernel), _bias(layer, layer.units)),)
 
 
+def _layer_scale(layer: Any, shape: Shape) -> tuple[AffineConv, ...]:
+    scale = as_array(layer.gamma)
+    return (affine.from_scale(scale, np.zeros_like(scale)),)
+
+
 def _zero_padding2d(layer: Any, shape: Shape) -> tuple[AffineConv, ...]:
     (top, bottom), (left, right) = layer.padding
     return (affine.from_padding(int(shape[-1] or 0), (top, bottom, left, right)),)
@@ -134,6 +152,7 @@ LINEAR: dict[str, Callable[[Any, Shape], tuple[AffineConv, ...]]] = {
     "DepthwiseConv2D": _depthwise_conv2d,
     "SeparableConv2D": _separable_conv2d,
     "Dense": _dense,
+    "LayerScale": _layer_scale,  # of the ConvNeXts in keras.applications
     "ZeroPadding2D": _zero_padding2d,
 }
 
@@ -178,6 +197,37 @@ NORMS: dict[str, Callable[[Any, Shape], Norm]] = {
 }
 
 
+def preprocessing(node: Node, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return scale and shift, each of shape (channels,), of a call that prepares images, or None if it is none.
+
+    Raises:
+        Unsupported: it does not treat all pixels alike.
+    """
+    rule = PREPROCESSING.get(node.kind)
+    if rule is None:
+        return None
+    parts = [np.asarray(part, dtype=np.float64) for part in rule(node.layer)]
+    if any(part.size not in (1, part.shape[-1] if part.ndim else 1) for part in parts):
+        raise Unsupported("does not treat all pixels alike")
+    scale, shift = (np.broadcast_to(part.reshape(-1), (channels,)) for part in parts)
+    return scale, shift
+
+
+def _rescaling(layer: Any) -> tuple[Any, Any]:
+    return layer.scale, layer.offset
+
+
+def _normalization(layer: Any) -> tuple[Any, Any]:
+    mean, std = as_array(layer.mean), np.maximum(np.sqrt(as_array(layer.variance)), keras.config.epsilon())
+    return (std, mean) if layer.invert else (1.0 / std, -mean / std)
+
+
+PREPROCESSING: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "Rescaling": _rescaling,
+    "Normalization": _normalization,
+}
+
+
 def activation(node: Node) -> Activation | None:
     """Return the element-wise function a call applies, or None if its kind is no activation.
 
@@ -185,7 +235,13 @@ def activation(node: Node) -> Activation | None:
         Unsupported: an activation this package has no description of.
     """
     rule = ACTIVATIONS.get(node.kind)
-    return None if rule is None else rule(node.layer)
+    if rule is None:
+        return None
+    found = rule(node.layer)
+    applied = getattr(node.layer, "activation", None)
+    if node.kind in _own or is_own_activation(applied):
+        _check_activation(node, found)
+    return found
 
 
 def _named(name: str, **parameters: float) -> Activation:
@@ -197,7 +253,9 @@ def _named(name: str, **parameters: float) -> Activation:
 
 def _activation_layer(layer: Any) -> Activation:
     function = layer.activation
-    if (rule := ACTIVATIONS.get(type(function).__name__)) is not None:
+    if is_own_activation(function):
+        return _own_functions[function](function)
+    if (rule := ACTIVATIONS.get(_keras.kind_of(type(function)))) is not None:
         return rule(function)  # a layer given as activation: Conv2D(..., activation=LeakyReLU())
     return _named(getattr(function, "__name__", type(function).__name__))
 
@@ -226,18 +284,236 @@ ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
     "Gelu": lambda layer: _named("gelu", approximate=float(layer.approximate)),
 }
 
-PASSIVE = frozenset(
+AUGMENTATIONS = frozenset(
     {
-        "ActivityRegularization",
-        "AlphaDropout",
-        "Dropout",
-        "GaussianDropout",
-        "GaussianNoise",
-        "Identity",
-        "SpatialDropout2D",
+        "AugMix",
+        "CutMix",
+        "MixUp",
+        "RandAugment",
+        "RandomBrightness",
+        "RandomColorDegeneration",
+        "RandomColorJitter",
+        "RandomContrast",
+        "RandomElasticTransform",
+        "RandomErasing",
+        "RandomFlip",
+        "RandomGaussianBlur",
+        "RandomGrayscale",
+        "RandomHue",
+        "RandomInvert",
+        "RandomPerspective",
+        "RandomPosterization",
+        "RandomRotation",
+        "RandomSaturation",
+        "RandomSharpness",
+        "RandomShear",
+        "RandomTranslation",
+        "RandomZoom",
+        "Solarization",
     }
 )
+"""Passive kinds that take it for granted that they are in training: Keras records so on each of their calls."""
+
+PASSIVE = AUGMENTATIONS | {
+    "ActivityRegularization",
+    "AlphaDropout",
+    "Dropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Identity",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "StochasticDepth",  # of the ConvNeXts in keras.applications
+    "keras_cv.src.layers.regularization.drop_path.DropPath",
+    "keras_cv.src.layers.regularization.dropblock_2d.DropBlock2D",
+    "keras_hub.src.models.mit.mit_layers.DropPath",
+    "keras_hub.src.models.swin_transformer.swin_transformer_layers.DropPath",
+}
 """Kinds that return their input unchanged at inference."""
+
+# Rules of the user's
+
+LinearRule = Callable[[Any, Shape], tuple[AffineConv, ...]]
+ActivationRule = Callable[[Any], "Activation | str | Callable[[np.ndarray], np.ndarray]"]
+
+_own: dict[str, str] = {}
+"""Name of the rule by the kind it was registered for."""
+
+_own_functions: dict[Callable[..., Any], Callable[[Any], Activation]] = {}
+
+_checked: WeakKeyDictionary[Any, set[tuple[str, Shape]]] = WeakKeyDictionary()
+"""Layers whose rules were compared with what they do, with the kinds and shapes that were."""
+
+RULE_TOLERANCE = 1e-4
+"""Largest difference of a rule from its float32 layer, relative to the largest output."""
+
+
+def register_linear(layer_type: type, rule: LinearRule) -> None:
+    """Tell what linear map a layer of one's own is, so that blocks with one inside can be merged.
+
+    Args:
+        layer_type: the layer's class; a stock Keras layer has its rule already.
+        rule: called as `rule(layer, input_shape)` with a built layer and (batch, height, width, channels), `None`
+            where dynamic. Returns the maps in order, `()` for a layer that does nothing at inference; raises
+            `updp_tf.Unsupported("why")` for a configuration it does not cover.
+
+    Raises:
+        RuleError: `layer_type` is no class of layers or has a rule, or `rule` cannot be called with two arguments.
+            Also when a model is read where the rule does not return what the layer computes.
+
+    Example:
+        >>> def scaled_dense(layer, input_shape):
+        ...     kernel = keras.ops.convert_to_numpy(layer.kernel) * layer.factor
+        ...     return (updp_tf.AffineConv(kernel[None, None], np.zeros(kernel.shape[1])),)
+        >>> updp_tf.register_linear(ScaledDense, scaled_dense)
+    """
+    kind = _new_kind(layer_type, rule, n_arguments=2)
+    _own[kind] = rule_name(rule)
+    LINEAR[kind] = rule
+    MACS[kind] = lambda layer, read, written: sum(one.kernel.size for one in rule(layer, read)) * _positions(written)
+
+
+def register_activation(target: Any, rule: ActivationRule) -> None:
+    """Tell what element-wise function a layer or a function of one's own is.
+
+    Args:
+        target: a layer's class, or the function given to layers as `activation`.
+        rule: called as `rule(layer)` or `rule(function)`. Returns the name of a function in `keras.activations`, an
+            `updp_tf.activations.Activation`, or a NumPy function of float64 arrays; raises `updp_tf.Unsupported("why")`
+            for a configuration it does not cover.
+
+    Raises:
+        RuleError: `target` is neither, or has a rule, or `rule` cannot be called with one argument. Also when a model
+            is read where the rule does not return what the layer computes.
+
+    Example:
+        >>> updp_tf.register_activation(my_squared_relu, lambda function: lambda z: np.maximum(z, 0) ** 2)
+        >>> updp_tf.register_activation(Shrink, lambda layer: "hard_tanh")
+    """
+    if isinstance(target, type):
+        kind = _new_kind(target, rule, n_arguments=1)
+        _own[kind] = rule_name(rule)
+        ACTIVATIONS[kind] = lambda layer: _as_activation(rule(layer), kind, rule)
+        return
+    if not callable(target) or isinstance(target, keras.layers.Layer):
+        raise RuleError(f"An activation is a class of layers or a function. Received: {target!r}")
+    if target in _own_functions or make_activation(getattr(target, "__name__", "")) is not None:
+        raise RuleError(f"The activation '{rule_name(target)}' has a rule already.")
+    check_callable(rule, n_arguments=1)
+    _own_functions[target] = lambda function: _as_activation(rule(function), rule_name(target), rule)
+
+
+def is_own_activation(function: Any) -> bool:
+    """True for a function that `register_activation` was given."""
+    return any(function is one for one in _own_functions)
+
+
+def is_known(node: Node) -> bool:
+    """True for stock Keras layers, and for others that have a rule."""
+    tables: tuple[Any, ...] = (LINEAR, NORMS, ACTIVATIONS, PASSIVE)
+    return "." not in node.kind or any(node.kind in table for table in tables)
+
+
+def why_unknown(node: Node) -> str:
+    """Return why a call has no linear rule, to be read on from the layer's name."""
+    if "." not in node.kind:
+        return f"is a {node.kind}, which has no linear rule"
+    return (
+        f"is a {node.kind}, a layer that is not Keras' own; say what it does with updp_tf.register_linear, "
+        "register_activation or register_expansion"
+    )
+
+
+def _new_kind(layer_type: Any, rule: Any, *, n_arguments: int) -> str:
+    if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Operation)):
+        raise RuleError(f"A rule is registered for a class of Keras layers. Received: {layer_type!r}")
+    kind = _keras.kind_of(layer_type)
+    if "." not in kind:
+        raise RuleError(f"'{kind}' is Keras' own; rules are registered for other classes.")
+    if any(kind in table for table in (LINEAR, ACTIVATIONS, NORMS, PASSIVE)):
+        raise RuleError(f"'{kind}' has a rule already.")
+    check_callable(rule, n_arguments=n_arguments)
+    return kind
+
+
+def check_callable(rule: Any, *, n_arguments: int) -> None:
+    """Raise a `RuleError` if a rule cannot be called with that many positional arguments."""
+    try:
+        inspect.signature(rule).bind(*range(n_arguments))
+    except (TypeError, ValueError) as error:
+        raise RuleError(
+            f"The rule {rule!r} must be callable with {n_arguments} positional argument(s): {error}"
+        ) from error
+
+
+def rule_name(rule: Any) -> str:
+    """Name of a rule or function for messages."""
+    return getattr(rule, "__qualname__", None) or repr(rule)
+
+
+def _as_activation(found: Any, name: str, rule: Any) -> Activation:
+    if isinstance(found, Activation):
+        return found
+    if isinstance(found, str):
+        return _named(found)
+    if callable(found):
+        return OwnActivation(name, own=found)
+    raise RuleError(
+        f"The rule '{rule_name(rule)}' of '{name}' must return a name, an Activation or a function of arrays. "
+        f"Received: {found!r}"
+    )
+
+
+def _check_linear(node: Node, shape: Shape, maps: Any) -> None:
+    """Raise if the maps of a user's rule are not what the layer computes; each layer and shape is compared once."""
+
+    def wrong(why: str) -> RuleError:
+        return RuleError(f"The rule '{_own[node.kind]}' of '{node.kind}' is wrong for '{node.name}': {why}")
+
+    if not isinstance(maps, tuple) or not all(isinstance(one, AffineConv) for one in maps):
+        raise wrong(f"it must return a tuple of AffineConv. Received: {maps!r}")
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        for one in maps:
+            try:
+                x = affine.apply(one, x)
+            except ShapeError as error:
+                raise wrong(str(error)) from error
+        return x
+
+    _compare(node, shape, predict, wrong)
+
+
+def _check_activation(node: Node, function: Activation) -> None:
+    name = _own.get(node.kind) or rule_name(node.layer.activation)
+
+    def wrong(why: str) -> RuleError:
+        return RuleError(f"The rule '{name}' of '{node.kind}' is wrong for '{node.name}': {why}")
+
+    _compare(node, node.shapes[0], function, wrong)
+
+
+def _compare(
+    node: Node, shape: Shape, predict: Callable[[np.ndarray], np.ndarray], wrong: Callable[[str], RuleError]
+) -> None:
+    done = _checked.setdefault(node.layer, set())
+    if (node.kind, shape) in done:
+        return
+    # Odd and even sizes where they are dynamic; wide enough for the kinks of any activation.
+    sizes = [axis or (16 + index) for index, axis in enumerate(shape[1:])]
+    x = 3 * np.random.default_rng(0).normal(size=(1, *sizes))
+    x = x.astype("float32")
+    args, kwargs = (map_refs(data, lambda _: x) for data in (node.args, dict(node.kwargs)))
+    want = as_array(node.layer(*args, **kwargs))
+    have = np.asarray(predict(x.astype(np.float64)))
+    if have.shape != want.shape:
+        raise wrong(f"it returns a tensor of shape {have.shape}, the layer one of {want.shape}.")
+    error = np.abs(have - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny)
+    half = "16" in str(getattr(node.layer, "compute_dtype", "float32"))
+    if not error <= (2e-2 if half else RULE_TOLERANCE):
+        raise wrong(f"its values differ from the layer's by {error:.1e}, relative to the largest.")
+    done.add((node.kind, shape))
+
 
 SPLITTABLE = frozenset({"Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Dense"})
 """Linear kinds that may apply an activation of their own."""
@@ -245,7 +521,7 @@ SPLITTABLE = frozenset({"Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Dense"}
 
 def is_passive(node: Node) -> bool:
     """True if the call returns its input unchanged at inference."""
-    if node.kwargs.get("training"):
+    if node.kwargs.get("training") and node.kind not in AUGMENTATIONS:
         return False
     return node.kind in PASSIVE or (node.kind == "Activation" and node.layer.activation is keras.activations.linear)
 
@@ -276,6 +552,10 @@ def _transpose_macs(layer: Any, read: Shape, written: Shape) -> int:
     return int(np.prod(layer.kernel.shape)) * _positions(read)
 
 
+def _matmul_macs(layer: Any, read: Shape, written: Shape) -> int:
+    return int(np.prod([axis or 1 for axis in written[1:]], dtype=np.int64)) * int(read[-1] or 1)
+
+
 def _attention_macs(layer: Any, read: Shape, written: Shape) -> int:
     tokens = _positions(written)
     projections = sum(int(np.prod(w.shape)) for w in layer.weights if len(w.shape) == 3) * tokens
@@ -290,5 +570,6 @@ MACS: dict[str, Callable[[Any, Shape, Shape], int]] = {
     "Conv2DTranspose": _transpose_macs,
     "Dense": _weight_macs,
     "EinsumDense": _weight_macs,
+    "Matmul": _matmul_macs,
     "MultiHeadAttention": _attention_macs,
 }

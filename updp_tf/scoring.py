@@ -13,6 +13,7 @@ from updp_tf.blocks import Blocks, read_stages
 from updp_tf.cost import is_dearer
 from updp_tf.errors import CalibrationError, UpdpError
 from updp_tf.fit import (
+    MAX_DENSE_UNKNOWNS,
     POSITIONS_PER_UNKNOWN,
     RIDGE,
     Centred,
@@ -22,9 +23,18 @@ from updp_tf.fit import (
     gaussian_start,
     identity_start,
 )
-from updp_tf.forms import Evidence, Fitted, Form, SkipMode, all_forms, explained_by, explains_all_of
+from updp_tf.forms import (
+    Evidence,
+    Fitted,
+    Form,
+    SkipMode,
+    all_forms,
+    cost_of_fitted,
+    explained_by,
+    explains_all_of,
+)
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
-from updp_tf.structure import Block, Candidate, ModelGraph, Refusal
+from updp_tf.structure import Block, Candidate, ModelGraph, Ref, Refusal, as_images
 from updp_tf.walking import Progress, Walk, one_blas_thread, units
 
 HOLD_OUT_EVERY = 10
@@ -100,9 +110,10 @@ def eligible_forms(
     return able, refusals
 
 
-def candidate(block: Block, form: Form, mode: SkipMode, *, score: float, r2: float | None) -> Candidate:
+def candidate(block: Block, form: Form, mode: SkipMode, fitted: Fitted, *, score: float) -> Candidate:
     """Return a candidate with its cost and options filled in."""
-    return Candidate((block.name,), form.name, score, form.cost(block, skip=mode), {"skip": mode}, r2)
+    cost = cost_of_fitted(form, block, fitted, skip=mode)
+    return Candidate(block.covers, form.name, score, cost, {"skip": mode}, fitted.r2)
 
 
 def score_without_images(
@@ -131,7 +142,7 @@ def score_without_images(
                 refusals.append(found)
                 continue
             score = 1.0 - explained * (1.0 - found.dropped)
-            one = candidate(block, form, mode, score=score, r2=None)
+            one = candidate(block, form, mode, found, score=score)
             candidates.append(one)
             fitted[one.key] = found
     if not candidates:
@@ -146,6 +157,8 @@ def start_without_images(
     """Return a form's maps from the block's own weights, and what share of the activations they explain."""
     if block.linear_refusal is not None:
         return replace(block.linear_refusal, rule=form.name), 0.0
+    if (refusal := form.refuses(block, skip=mode)) is not None:
+        return refusal, 0.0
     try:
         stages = read_stages(graph, block)
         linear = gaussian_start(stages) if start == "gaussian" else identity_start(stages)
@@ -164,6 +177,7 @@ def score(
     skip: str = "auto",
     unit: str = "macs",
     cheapest_too: bool = True,
+    spans: int = 1,
     ridge: float = RIDGE,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
@@ -181,6 +195,7 @@ def score(
         skip: `auto`, `kept` or `folded`: how dense forms treat a skip.
         unit: of the budget; forms dearer than their block in it are not fitted.
         cheapest_too: False where the budget limits no resource, see `eligible_forms`.
+        spans: up to how many consecutive blocks one form may replace.
         ridge: strength in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
@@ -194,6 +209,13 @@ def score(
     fitted: dict[str, Fitted] = {}
     refusals: list[Refusal] = []
     short: dict[str, int] = {}
+    ending: dict[str, list[Block]] = {block.name: [block] for block in blocks if block.name not in kept}
+    starting: dict[str, list[Block]] = {}
+    for span in blocks.spans(max_length=spans):
+        if not kept & set(span.members):
+            starting.setdefault(span.members[0], []).append(span)
+            ending[span.members[-1]].append(span)
+    entries: dict[str, np.ndarray] = {}
     with Memory(memory_bytes) as memory, one_blas_thread():
         walk = Walk(blocks.graph, images, memory)
         parts = units(blocks.graph, blocks)
@@ -202,8 +224,9 @@ def score(
         for index, part in enumerate(parts[: last_block + 1]):
             nodes = [blocks.graph.by_name[name] for name in part.nodes]
             tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
-            block = part.block
-            if block is not None and block.name not in kept:
+            name = part.block.name if part.block is not None else ""
+            entries |= {span.name: tensors[span.entry] for span in starting.get(name, ())}
+            for block in ending.get(name, ()):
                 able, refused = eligible_forms(
                     block, forms=forms or all_forms(), skip=skip, unit=unit, cheapest_too=cheapest_too
                 )
@@ -212,7 +235,7 @@ def score(
                 fits, missing = fit_forms(
                     block,
                     able,
-                    tensors[block.entry],
+                    entries.get(block.name, tensors.get(block.entry, walk.images)),
                     tensors[block.exit],
                     sampler,
                     ridge=ridge,
@@ -222,15 +245,24 @@ def score(
                     short[block.name] = missing
                 for form, mode in able:
                     found = fits[form.name]
-                    r2 = 0.0 if found.r2 is None else found.r2
-                    one = candidate(block, form, mode, score=1.0 - r2, r2=found.r2)
+                    one = candidate(block, form, mode, found, score=1.0 - (found.r2 or 0.0))
                     candidates.append(one)
                     fitted[one.key] = found
-            walk.release(parts[index + 1 :], tensors)
+                _forget(walk, entries.pop(block.name, None), tensors, entries)
+            walk.release(parts[index + 1 :], tensors, keep=entries.values())
             if progress is not None:
                 progress(index + 1, last_block + 1, f"score {part.name}")
     warn_if_short(short, walk.n)
     return Scores(tuple(candidates), fitted, tuple(refusals))
+
+
+def _forget(
+    walk: Walk, entry: np.ndarray | None, tensors: Mapping[Ref, np.ndarray], entries: Mapping[str, np.ndarray]
+) -> None:
+    """Release what only a span held."""
+    held = (*tensors.values(), *entries.values())
+    if entry is not None and not any(entry is one for one in held):
+        walk.memory.release(entry)
 
 
 @dataclass(frozen=True)
@@ -272,8 +304,8 @@ def fit_forms(
     Args:
         block: whose forms they are.
         able: forms it can take.
-        x: block input of the network that is fitted, shape (images, height, width, c_in).
-        y: block output that is wanted, shape (images, out_height, out_width, c_out).
+        x: block input of the network that is fitted: images, tokens or vectors, as the block reads them.
+        y: block output that is wanted.
         sampler: of images and positions.
         ridge: strength in mean eigenvalues.
         parts: batches.
@@ -283,7 +315,12 @@ def fit_forms(
         Fits by form name with R^2 on held-out images, and how many images are needed if there were too few.
     """
     windows = {form.name: form.window(block) for form, _ in able}
-    seen_by_kind = gather([(form.evidence, windows[form.name]) for form, _ in able], x, y, sampler, parts)
+    wanted = [(form.evidence, windows[form.name]) for form, _ in able]
+    seen_by_kind = (
+        gather(wanted, as_images(x), as_images(y), sampler, parts, special_rows=block.special_tokens)
+        if any(windows.values())
+        else {}
+    )
     fits: dict[str, Fitted] = {}
     missing = 0
     for form, mode in able:
@@ -296,12 +333,12 @@ def fit_forms(
         if unseen.n >= 2:
             r2 = explained_by(block, found, unseen)
             if on_all and sampler.holds_out:
-                seen.add_samples(unseen.patches, unseen.outputs)
+                seen.add_all(unseen)
                 found = form.fit(block, _solvable(seen), skip=mode, ridge=ridge)
             found = replace(found, r2=r2)
         fits[form.name] = found
         if seen.n < seen.n_unknowns:
-            missing = max(missing, -(-seen.n_unknowns * sampler.n_images // seen.n))
+            missing = max(missing, -(-seen.n_unknowns * sampler.n_images // int(seen.n)))
     return fits, missing
 
 
@@ -319,27 +356,37 @@ def gather(
     y: np.ndarray,
     sampler: Sampler,
     parts: Iterable[slice],
+    *,
+    special_rows: Sequence[int] = (),
 ) -> dict[tuple[Evidence, Window], Evidences]:
     """Return the evidence that forms ask for, in one pass over the images.
 
-    The moments of a window inside a larger one are cut out of the larger one's.
+    The moments of a window inside a larger one are cut out of the larger one's. Where they would be too large, a form
+    gets samples instead, and solves by conjugate gradients.
     """
+    c_in, c_out = x.shape[-1], y.shape[-1]
     keys = sorted({(kind, w) for kind, w in wanted if w is not None}, key=lambda key: -key[1].n_taps)
     found: dict[tuple[Evidence, Window], Evidences] = {}
     source: dict[tuple[Evidence, Window], tuple[Evidence, Window]] = {}
     for key in keys:
         kind, window = key
-        larger = [other for other in found if kind == other[0] == "moments" and other[1].contains(window)]
-        source[key] = larger[0] if larger else key
-        if not larger:
-            unseen = Samples.empty(window, x.shape[-1], y.shape[-1])
-            seen = unseen if kind == "samples" else Moments(window, x.shape[-1], y.shape[-1])
-            found[key] = (replace(unseen) if seen is unseen else seen, unseen)
+        n_unknowns = window.n_taps * c_in
+        dense = kind == "moments" and n_unknowns <= MAX_DENSE_UNKNOWNS
+        larger = [
+            other for other, (seen, _) in found.items() if isinstance(seen, Moments) and other[1].contains(window)
+        ]
+        source[key] = larger[0] if larger and dense else key
+        if source[key] == key:
+            unseen = Samples.empty(window, c_in, c_out)
+            if dense:
+                found[key] = Moments(window, c_in, c_out), unseen
+            else:
+                found[key] = Samples(window, c_in, c_out, n_unknowns if kind == "moments" else None), unseen
     rng = np.random.default_rng(sampler.seed)
     for part in parts:
         out = sampler.held_out(part)
         for seen, unseen in found.values():
-            add_batch(seen, unseen, np.asarray(x[part]), np.asarray(y[part]), out, sampler, rng)
+            add_batch(seen, unseen, np.asarray(x[part]), np.asarray(y[part]), out, sampler, rng, special_rows)
     return {key: _cut(found[source[key]], key[1]) for key in keys}
 
 
@@ -351,13 +398,14 @@ def add_batch(
     held_out: np.ndarray,
     sampler: Sampler,
     rng: np.random.Generator,
+    special_rows: Sequence[int] = (),
 ) -> None:
     """Add one batch: held-out images to `unseen`, the others to `seen`; all to both where none are held out."""
     masks = (~held_out, held_out) if sampler.holds_out else (~held_out, ~held_out)
     for evidence, mask in zip((seen, unseen), masks, strict=True):
         if mask.any():
             n = sampler.n_positions(seen.n_unknowns, int(mask.sum()))
-            evidence.add(x[mask], y[mask], n_positions=n, rng=rng)
+            evidence.add(x[mask], y[mask], n_positions=n, rng=rng, special_rows=special_rows)
 
 
 def _cut(evidence: Evidences, window: Window) -> Evidences:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from updp_tf import affine
 from updp_tf.activations import Activation
 from updp_tf.affine import AffineConv, Geometry
 from updp_tf.errors import ModelError
@@ -62,7 +63,7 @@ class Node:
     Attributes:
         name: unique in its graph.
         layer: the Keras layer or operation, opaque here.
-        kind: class name of the layer.
+        kind: class name of a stock Keras layer; of any other layer the full name, module first.
         args: positional call arguments, tensors replaced by `Ref`.
         kwargs: keyword call arguments, the same way.
         shapes: shape of every output, batch axis first, `None` where dynamic.
@@ -97,12 +98,14 @@ class ModelGraph:
         nodes: every node after the nodes it reads.
         inputs: the model's inputs as nested data of `Ref`, as the model was built with.
         outputs: the model's outputs, the same way.
+        refused: layers that could not be looked into while reading, with the reason.
     """
 
     name: str
     nodes: tuple[Node, ...]
     inputs: Any
     outputs: Any
+    refused: tuple[Refusal, ...] = ()
 
     def __post_init__(self) -> None:
         seen: dict[str, Node] = {}
@@ -242,22 +245,29 @@ class Stage:
 class Block:
     """A part of a graph with one tensor in and one out that a single layer might replace.
 
+    Tensors are images (batch, height, width, channels), tokens (batch, tokens, channels), which count as images one
+    pixel wide, or vectors (batch, channels), which count as one pixel.
+
     Attributes:
-        name: of its last node.
+        name: of its last node; a span has a name of its own.
         nodes: names of its nodes, in topological order.
-        body: names of the nodes that a form replaces, in order: all but the skip's and the Add.
+        body: names of the nodes that a form replaces, in order: all but the skip's and the Add; any graph of calls.
         entry: the tensor it reads; others outside may read it too.
         exit: the tensor it writes.
-        entry_shape: (batch, height, width, channels).
+        entry_shape: batch axis first, channels last.
         exit_shape: the same, after.
         skip: the linear map that is added to the body: None, an identity, or a projection.
-        skip_nodes: names of the projection's nodes.
+        skip_nodes: names of the skip's nodes: a projection's, or an identity's that only act in training.
         join: name of the Add, or None where there is no skip.
-        geometry: kernel size, strides and padding of the composed body, or None where it has no linear map.
+        geometry: window of entry pixels that an output pixel depends on; None where no window is known.
         linear_refusal: why the body has no linear map once activations are linear, or None.
         cost: of the block as it is.
         skip_cost: of the projection alone.
         live_bytes: float32 bytes of the tensors outside the block that are alive while it runs, its entry included.
+        geometry_refusal: why no window is known, or None.
+        skip_exit: the tensor that the Add reads as the skip, or None where there is no Add.
+        special_tokens: numbers of the tokens that are no patches (class, distillation); negative ones from the end.
+        members: names of the blocks that a span replaces; empty for a block.
     """
 
     name: str
@@ -275,13 +285,32 @@ class Block:
     cost: Cost
     skip_cost: Cost
     live_bytes: int
+    geometry_refusal: Refusal | None = None
+    skip_exit: Ref | None = None
+    special_tokens: tuple[int, ...] = ()
+    members: tuple[str, ...] = ()
 
     @property
     def skip_kind(self) -> str:
         """`none`, `identity` or `projection`."""
         if self.skip is None:
             return "none"
-        return "projection" if self.skip_nodes else "identity"
+        return "identity" if affine.is_identity(self.skip) else "projection"
+
+    @property
+    def linearizable(self) -> bool:
+        """True where the body is one linear map once activations are: what the starts without images ask for."""
+        return self.linear_refusal is None
+
+    @property
+    def rank(self) -> int:
+        """Axes of its tensors: 4 for images, 3 for tokens, 2 for vectors."""
+        return len(self.entry_shape)
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """Names of the blocks that it stands for: its own, or a span's members."""
+        return self.members or (self.name,)
 
     @property
     def c_in(self) -> int:
@@ -296,12 +325,28 @@ class Block:
     @property
     def entry_size(self) -> tuple[int | None, int | None]:
         """Height and width of the entry, None where dynamic."""
-        return self.entry_shape[1], self.entry_shape[2]
+        return image_size(self.entry_shape)
 
     @property
     def exit_size(self) -> tuple[int | None, int | None]:
         """Height and width of the exit, None where dynamic."""
-        return self.exit_shape[1], self.exit_shape[2]
+        return image_size(self.exit_shape)
+
+
+def block_name(members: Sequence[str]) -> str:
+    """Return the name of the block that stands for some: its own, or a span's."""
+    return members[0] if len(members) == 1 else f"{members[0]}_to_{members[-1]}"
+
+
+def as_images(tensor: np.ndarray) -> np.ndarray:
+    """Return tokens or vectors as images of one column or one pixel, and images as they are: a view."""
+    return tensor.reshape(*tensor.shape[:-1], *(1,) * (4 - tensor.ndim), tensor.shape[-1])
+
+
+def image_size(shape: Shape) -> tuple[int | None, int | None]:
+    """Height and width of a tensor: tokens are an image one pixel wide, a vector is one pixel."""
+    height, width = (*shape[1:-1], 1, 1)[:2]
+    return height, width
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,22 @@ def ran(files, pruned):
         "export again": ["export", model, "-o", folder / "float32.tflite"],
         "evaluate": ["evaluate", folder / "float32.tflite", "--images", files.x, "--labels", files.y, "--json"],
         "evaluate text": ["evaluate", folder / "int8.tflite", "--images", files.x, "--labels", f"{files.npz}:labels"],
+        "edgetpu": ["edgetpu", folder / "int8.tflite", "--json"],
+        "edgetpu text": ["edgetpu", folder / "float32.tflite"],
+        "edgetpu of a model": ["edgetpu", model],
+        "edgetpu of nothing": ["edgetpu", files.missing],
+        "edgetpu output": ["edgetpu", folder / "int8.tflite", "-o", folder / "tpu.tflite"],
+        "ethosu": ["ethosu", folder / "int8.tflite", "-o", folder / "npu.tflite", "--json"],
+        "ethosu text": [
+            "ethosu",
+            folder / "int8.tflite",
+            "-o",
+            folder / "npu65.tflite",
+            "--accelerator",
+            "ethos-u65-256",
+        ],
+        "ethosu again": ["ethosu", folder / "int8.tflite", "-o", folder / "npu.tflite"],
+        "no such accelerator": ["ethosu", folder / "int8.tflite", "--accelerator", "ethos-u1"],
         "evaluate too few": ["evaluate", folder / "float32.tflite", "--images", files.x, "--labels", files.nan],
     }
     return run_all(commands, cwd=folder, file_limits={"disk full": 20_000})
@@ -99,7 +115,7 @@ def test_help_is_quick_and_names_all_commands(files):
     )
     assert done.returncode == 0
     text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.split()
-    for name in ("blocks", "prune", "merge", "export", "bench", "evaluate", "demo"):
+    for name in ("blocks", "prune", "merge", "export", "bench", "evaluate", "edgetpu", "ethosu", "demo"):
         assert f" {name} " in text
     for slow in ("keras", "tensorflow", "matplotlib", "sklearn", "scipy"):
         assert slow not in modules
@@ -232,6 +248,18 @@ def test_export_and_evaluate(ran, files):
     assert "top-1" in ran["evaluate text"].out and "60 images" in ran["evaluate text"].out
 
 
+def test_edgetpu_and_ethosu(ran, files):
+    for name in ("edgetpu", "edgetpu text", "ethosu", "ethosu text"):
+        assert ran[name].code == 0, ran[name].err
+    report = json.loads(ran["edgetpu"].out)
+    assert report["fully_mapped"] and {operator["name"] for operator in report["operators"]} >= {"CONV_2D", "ADD"}
+    assert "Operation is working on an unsupported data type" in ran["edgetpu text"].out
+    compiled = json.loads(ran["ethosu"].out)
+    assert compiled["cpu_operators"] == [] and compiled["estimated_ms"] > 0
+    assert (files.folder / "npu.tflite").is_file() and (files.folder / "npu65.tflite").is_file()
+    assert "compiler's estimate, not measured" in ran["ethosu text"].out
+
+
 def test_bench(ran, files):
     rows = files.folder / "rows.csv"
     tflite = [files.folder / name for name in ("float32.tflite", "int8.tflite")]
@@ -255,6 +283,7 @@ USAGE = {
     "output of another kind": "does not end in .keras",
     "no such option": "No such option",
     "no such start": "'magic' is not one of",
+    "edgetpu output": "an output needs --compile",
 }
 
 
@@ -292,6 +321,10 @@ OURS = {
     "plan without arrays": "no fitted arrays beside it: give calibration images",
     "export again": "float32.tflite' exists already",
     "evaluate too few": "labels must be class indices",
+    "edgetpu of a model": "model.keras' is no .tflite file",
+    "edgetpu of nothing": "cannot read '.*missing.keras'",
+    "ethosu again": "npu.tflite' exists already",
+    "no such accelerator": "no accelerator 'ethos-u1': choose one of ethos-u55-32",
 }
 
 

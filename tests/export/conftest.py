@@ -82,3 +82,50 @@ def exported(model, images, worker, tmp_path_factory) -> dict[str, ExportResult]
 @pytest.fixture(scope="session")
 def edgetpu_folder(shared_data) -> Path:
     return shared_data / "tflite" / "edgetpu"
+
+
+def conv_norm(x, filters, kernel_size=1, strides=1):
+    x = keras.layers.Conv2D(filters, kernel_size, strides=strides, padding="same", use_bias=False)(x)
+    return keras.layers.BatchNormalization()(x)
+
+
+def inverted_residuals() -> keras.Model:
+    """The blocks of a MobileNetV2 on odd sizes, one with a stride and its explicit padding."""
+    image = keras.Input((33, 31, 3), name="image")
+    x = keras.layers.ReLU(6.0)(conv_norm(image, 16, 3, 2))
+    for filters, strides in ((16, 1), (24, 2), (24, 1)):
+        y = keras.layers.ReLU(6.0)(conv_norm(x, 6 * x.shape[-1]))
+        if strides == 2:
+            y = keras.layers.ZeroPadding2D(((0, 1), (0, 1)))(y)
+        padding = "same" if strides == 1 else "valid"
+        y = keras.layers.DepthwiseConv2D(3, strides=strides, padding=padding, use_bias=False)(y)
+        y = conv_norm(keras.layers.ReLU(6.0)(keras.layers.BatchNormalization()(y)), filters)
+        x = keras.layers.Add()([x, y]) if y.shape == x.shape else y
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return randomise(keras.Model(image, keras.layers.Dense(10, activation="softmax")(x), name="residuals"))
+
+
+def layer_norm_block() -> keras.Model:
+    """A stem and a ConvNeXt block: depthwise, LayerNormalization, two dense layers with GELU between."""
+    image = keras.Input((28, 28, 3), name="image")
+    x = keras.layers.Conv2D(16, 4, strides=4, name="stem")(image)
+    y = keras.layers.DepthwiseConv2D(7, padding="same", name="depthwise")(x)
+    y = keras.layers.LayerNormalization(epsilon=1e-6, name="norm")(y)
+    y = keras.layers.Dense(16)(keras.layers.Activation("gelu")(keras.layers.Dense(64)(y)))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Add()([x, y]))
+    return randomise(keras.Model(image, keras.layers.Dense(10)(x), name="block"))
+
+
+@pytest.fixture(scope="session")
+def npu_files(worker, tmp_path_factory) -> dict[str, Path]:
+    """Two networks as "float32" and "int8", by name."""
+    folder = tmp_path_factory.mktemp("npu")
+    keras.utils.set_random_seed(0)
+    made = {}
+    for name, model in (("residuals", inverted_residuals()), ("block", layer_norm_block())):
+        images = some_images(40, shape=model.input_shape[1:])
+        for scheme, calibration in (("float32", None), ("int8", images)):
+            path = folder / f"{name}_{scheme}.tflite"
+            tflite_export.export(model, path, quantize=scheme, calibration=calibration, worker=worker)
+            made[f"{name} {scheme}"] = path
+    return made

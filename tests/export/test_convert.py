@@ -50,6 +50,91 @@ def test_int8_is_all_integers_and_close_to_keras(model, images, exported):
     assert 0 < result.max_error < 0.15
 
 
+@pytest.fixture(scope="module")
+def wide_model() -> keras.Model:
+    """Large enough that its weights are most of its file; small ones stay as they are in some schemes."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input(SHAPE, name="image")
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Conv2D(48, 3, strides=2)(image)))
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Conv2D(96, 3, padding="same")(x)))
+    pooled = keras.layers.GlobalAveragePooling2D()(x)
+    return randomise(keras.Model(image, keras.layers.Dense(CLASSES, name="logits")(pooled), name="wide"), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "of_float32", "decibels"), [("float16", 0.6, 55), ("dynamic", 0.4, 25), ("int16x8", 0.4, 30)]
+)
+def test_the_other_schemes(export, wide_model, images, tmp_path, scheme, of_float32, decibels):
+    plain = export(wide_model, tmp_path / "float32.tflite")
+    result = export(wide_model, tmp_path / "model.tflite", quantize=scheme, calibration=images)
+    assert result.quantize == scheme and result.select_operators == result.float_tensors == ()
+    assert result.size_bytes < of_float32 * plain.size_bytes
+    # Rounding to 11 bits gives about 70 dB, to 8 bits in the weights alone 30 to 40 dB.
+    found = tflite_export.run_tflite(result.path, images)
+    assert signal_to_noise_db(keras_outputs(wide_model, images), found) > decibels
+    details = Interpreter(model_path=str(result.path)).get_input_details()[0]
+    assert details["dtype"] == np.dtype(result.input_dtype) == ("int16" if scheme == "int16x8" else "float32")
+
+
+def test_int16x8_with_float_inputs(export, model, images, tmp_path):
+    path = tmp_path / "model.tflite"
+    export(model, path, quantize="int16x8", calibration=images, input_dtype="float32")
+    assert Interpreter(model_path=str(path)).get_input_details()[0]["dtype"] == np.float32
+    assert signal_to_noise_db(keras_outputs(model, images), tflite_export.run_tflite(path, images)) > 30
+
+
+def test_all_schemes_give_the_same_bytes_in_another_process(model, images, exported, export, tmp_path):
+    schemes = ("float32", "float16", "dynamic", "int8", "int16x8")
+    with ExportWorker() as another:
+        for scheme in schemes:
+            first = export(model, tmp_path / f"{scheme}-1.tflite", quantize=scheme, calibration=images)
+            again = tflite_export.export(
+                model, tmp_path / f"{scheme}-2.tflite", quantize=scheme, calibration=images, worker=another
+            )
+            assert first.sha256 == again.sha256, scheme
+
+
+def untrained(norms: int) -> keras.Model:
+    inputs = keras.Input((8, 8, 3), name="image")
+    x = inputs
+    for _ in range(2):
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(x)))
+    built = keras.Model(inputs, keras.layers.Dense(3, name="logits")(keras.layers.GlobalAveragePooling2D()(x)))
+    for layer in [one for one in built.layers if type(one).__name__ == "BatchNormalization"][norms:]:
+        layer.moving_mean.assign([0.1, -0.2, 0.3, 0.05])
+    return built
+
+
+def test_norms_that_were_never_trained_are_told_before_an_integer_export(export, tmp_path):
+    images = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype("float32")
+    path = tmp_path / "model.tflite"
+    with pytest.raises(ModelError, match="2 BatchNormalization .* never trained.* would not load"):
+        export(untrained(2), path, quantize="int16x8", calibration=images)
+    assert not path.exists()
+    for norms, told in ((2, "2 BatchNorm"), (1, "1 BatchNorm"), (0, "")):
+        result = export(untrained(norms), path, quantize="int8", calibration=images, force=True)
+        assert any(told in note for note in result.notes) if told else not any("trained" in n for n in result.notes)
+
+
+def test_a_file_for_the_edge_tpu_has_one_scale_per_dense_layer_and_says_what_is_mapped(export, model, images, tmp_path):
+    path = tmp_path / "model.tflite"
+    result = export(model, path, quantize="int8", calibration=images, target="edgetpu")
+    report = tflite_export.check_edgetpu(path)
+    assert f"the Edge TPU maps {report.n_mapped} of {len(report.operators)} operators" in "".join(result.notes)
+    (graph,) = tflite_export.read_flatbuffer(path).subgraphs
+    (dense,) = (one for one in graph.operators if one.name == "FULLY_CONNECTED")
+    assert len(graph.tensors[dense.inputs[1]].scales) == 1
+
+
+def test_a_model_that_the_edge_tpu_cannot_run_is_refused(export, tmp_path):
+    inputs = keras.Input((8, 8, 4), name="image")
+    gelu = keras.Model(inputs, keras.layers.Activation("gelu")(inputs))
+    images = np.random.default_rng(0).normal(size=(8, 8, 8, 4)).astype("float32")
+    with pytest.raises(ExportError, match="the Edge TPU cannot run model .*GELU"):
+        export(gelu, tmp_path / "model.tflite", quantize="int8", calibration=images, target="edgetpu")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("input_dtype", "extra"), [("uint8", {"QUANTIZE": 2}), ("float32", {"QUANTIZE": 1})])
 def test_inputs_and_outputs_of_an_int8_file_have_the_type_asked_for(
     export, model, images, exported, tmp_path, input_dtype, extra
@@ -391,7 +476,10 @@ def test_calibration_that_is_missing_or_no_data(export, model, tmp_path):
     ("options", "message"),
     [
         ({"quantize": "int4"}, "quantize must be one of"),
-        ({"input_dtype": "int16"}, "input_dtype must be one of"),
+        ({"input_dtype": "int16"}, "input_dtype must be one of .* for float32"),
+        ({"quantize": "int16x8", "input_dtype": "int8"}, "input_dtype must be one of .* for int16x8"),
+        ({"target": "gpu"}, "target must be one of"),
+        ({"target": "edgetpu"}, 'the Edge TPU runs int8 alone: give quantize="int8"'),
         ({"calibration_limit": 0}, "at least 1, not 0"),
     ],
 )

@@ -10,7 +10,19 @@ import tflite_export
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".errors", ".flatbuffer", ".interpreter", ".evaluation", ".benchmarking", ".devices.local", ".convert"],
+    [
+        "",
+        ".errors",
+        ".flatbuffer",
+        ".interpreter",
+        ".evaluation",
+        ".benchmarking",
+        ".devices.local",
+        ".convert",
+        ".edgetpu",
+        ".edgetpu_compiler",
+        ".ethosu",
+    ],
 )
 def test_importing_loads_neither_keras_nor_tensorflow(module):
     code = f"import sys, tflite_export{module}; print(sorted({{'keras', 'tensorflow', 'updp_tf'}} & set(sys.modules)))"

@@ -237,10 +237,33 @@ def test_weights_do_not_count_in_a_fingerprint_but_in_their_own_hash() -> None:
 
 
 def test_a_subclassed_model_is_refused() -> None:
-    with pytest.raises(
-        ModelError, match="is a subclassed model, whose calls cannot be read. Rebuild it as a Functional"
-    ):
-        read_graph(zoo.subclassed())
+    model = zoo.subclassed()
+    with pytest.raises(ModelError) as caught:
+        read_graph(model)
+    assert str(caught.value) == (
+        "'plain' is a subclassed model: what subclassed.<locals>.Plain.call does between its layers "
+        f"('{model.conv.name}' (Conv2D)) cannot be read. Rebuild it as a Functional model: "
+        "inputs = keras.Input((8, 8, 3)); keras.Model(inputs, model.call(inputs)) shares its layers and weights, "
+        "wherever `call` uses Keras layers and keras.ops alone."
+    )
+
+
+def test_what_is_said_of_a_subclassed_model_works() -> None:
+    model = zoo.subclassed()
+    inputs = keras.Input((8, 8, 3))
+    rebuilt = keras.Model(inputs, model.call(inputs))
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    np.testing.assert_array_equal(build_model(read_graph(rebuilt))(x), model(x))
+
+
+def test_a_functional_model_with_a_call_of_its_own_is_refused() -> None:
+    class Doubled(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    inputs = keras.Input((8, 8, 3))
+    with pytest.raises(ModelError, match="what .*Doubled.call does between its layers"):
+        read_graph(Doubled(inputs, layers.Conv2D(4, 3)(inputs)))
 
 
 def test_an_unbuilt_sequential_model_is_refused() -> None:
@@ -273,10 +296,31 @@ def test_a_layer_is_no_model() -> None:
 
 
 def test_a_layer_that_cannot_be_copied_is_named() -> None:
+    class Careless(layers.Layer):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.function = function
+
+        def call(self, x):
+            return self.function(x)
+
     inputs = keras.Input((8, 8, 3))
-    model = keras.Model(inputs, layers.Lambda(lambda x: 2 * x, name="doubling")(inputs))
-    with pytest.raises(ModelError, match=r"'doubling' \(Lambda\) cannot be copied from its own configuration: Request"):
+    model = keras.Model(inputs, Careless(keras.ops.sin)(inputs))
+    with pytest.raises(ModelError, match=r"'careless' \(Careless\) cannot be copied from its own configuration: "):
         build_model(read_graph(model))
+
+
+def test_a_lambda_is_copied_with_its_function() -> None:
+    inputs = keras.Input((8, 8, 3))
+    lambdas = [
+        layers.Lambda(lambda x: 2 * x, name="doubling"),
+        layers.Lambda(lambda x, factor: factor * x[:, ::2], arguments={"factor": 3.0}, output_shape=(4, 8, 3)),
+    ]
+    x = inputs
+    for layer in lambdas:
+        x = layer(x)
+    model = keras.Model(inputs, x)
+    assert_equal_outputs(model, build_model(read_graph(model)))
 
 
 # Pieces

@@ -24,7 +24,7 @@ from updp_tf.forms import Fitted, all_forms, fold_skip, form_by_name
 from updp_tf.graph import run_nodes
 from updp_tf.memory import Memory
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
-from updp_tf.structure import Block, Ref
+from updp_tf.structure import Block, Ref, as_images
 from updp_tf.walking import Walk, units
 
 NETWORK = 1e-4  # relative, METHOD section 3
@@ -66,7 +66,10 @@ def reference(blocks: Blocks, fitted: Mapping[str, Fitted], inputs) -> list[np.n
             x = np.asarray(keras.ops.convert_to_numpy(values[block.entry]), "float64")
             one = fitted[block.name]
             skip = block.skip if one.keeps_skip else None
-            y = x if not one.maps and not block.skip_nodes else output_of(one.maps, skip, x)
+            y = x
+            if one.maps or block.skip_nodes:
+                y = output_of(one.maps, skip, as_images(x))
+                y = y.reshape(*y.shape[: x.ndim - 1], -1)  # tokens again, where they were
             values[block.exit] = keras.ops.convert_to_tensor(y.astype(str(blocks.graph.dtype(block.exit))))
     return [np.asarray(keras.ops.convert_to_numpy(values[ref]), "float32") for ref in blocks.graph.output_refs]
 
@@ -89,7 +92,7 @@ def stock_only(model: keras.Model) -> bool:
 # Maps that are given
 
 
-@pytest.mark.parametrize("form", ["conv1", "conv3", "conv5", "remove"])
+@pytest.mark.parametrize("form", ["pointwise", "conv3", "conv5", "remove"])
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in ("shared_classifier", "fixed_batch")])
 def test_every_block_of_the_zoo_becomes_what_it_is_told(name: str, form: str) -> None:
     model = zoo.shared(name)
@@ -252,13 +255,14 @@ def test_an_exact_border_makes_a_biased_block_exact() -> None:
         merged = merge_fitted(blocks, [Choice("linear", "conv3", skip)], {"linear": fitted}, kind="linearized")
         assert relative_error(zoo.outputs_of(merged.model, x)[0], zoo.outputs_of(model, x)[0]) <= BLOCK
         assert stock_only(merged.model)
+        assert [one.kind for one in merged.blocks] == ["exact"]
 
 
 def test_layers_that_do_not_compute_their_map_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     original = merging.layer_specs
 
-    def wrong(map, name):
-        for spec in original(map, name):
+    def wrong(map, name, **options):
+        for spec in original(map, name, **options):
             yield replace(spec, weights=tuple(1.01 * weight for weight in spec.weights))
 
     monkeypatch.setattr(merging, "layer_specs", wrong)
@@ -334,7 +338,7 @@ def test_norms_stay_where_nothing_is_asked() -> None:
 def test_a_tower_without_an_edit_stays_as_it_is(edited: str, refit: bool) -> None:
     model = zoo.shared("two_branches")
     blocks = find_blocks(model)
-    small = in_sequence(model, {edited: "conv1"}, images_for(model), refit=refit).model
+    small = in_sequence(model, {edited: "pointwise"}, images_for(model), refit=refit).model
     other = next(block for block in blocks if block.name != edited)
     tower = [n for n in other.body if n in names(model) and model.get_layer(n).weights]
     assert len(tower) == 4

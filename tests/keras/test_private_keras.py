@@ -20,6 +20,9 @@ PINNED = {
     "_outputs_struct",
     "_keras_history",
     "_inbound_nodes",
+    "_outbound_nodes",
+    "_flatten_layers",
+    "_output_shape",
 }
 
 
@@ -102,3 +105,66 @@ def test_history_of_a_tensor(model: keras.Model) -> None:
 def test_inbound_nodes_count_calls(model: keras.Model) -> None:
     assert _keras.n_calls(model.get_layer("dense")) == 3
     assert _keras.n_calls(layers.Dense(2)) == 0
+
+
+def test_calls_between_tensors_need_no_unique_names() -> None:
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="same")(inputs)
+    y = layers.Dense(4, name="same")(x)
+    z = layers.Add()([x, y])
+    assert [call.operation.name for call in _keras.calls_between([inputs], [z])] == ["same", "same", "add"]
+    assert [call.operation.name for call in _keras.calls_between([x], [y, z])] == ["same", "add"]
+    assert list(_keras.calls_between([inputs], [inputs])) == []
+
+
+def test_calls_are_forgotten_on_a_layer_and_the_layers_inside(model: keras.Model) -> None:
+    class Pair(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = layers.Dense(4)
+            self.others = [keras.Sequential([keras.Input((4,)), layers.Dense(4)])]
+
+        def call(self, x):
+            return self.others[0](self.first(x))
+
+    pair = Pair()
+    pair(model.outputs[0])
+    held = [pair, pair.first, pair.others[0], pair.others[0].layers[0], model.get_layer("add")]
+    before = [(len(one._inbound_nodes), len(one._outbound_nodes)) for one in held]
+    with _keras.calls_forgotten(pair):
+        pair.call(pair.first(keras.Input((4,))))
+        assert len(pair.first._inbound_nodes) == before[1][0] + 2
+    assert [(len(one._inbound_nodes), len(one._outbound_nodes)) for one in held] == before
+
+
+def test_output_shape_of_a_lambda() -> None:
+    layer = layers.Lambda(lambda x: x, output_shape=(3,))
+    assert layer._output_shape == (3,) == _keras.lambda_output_shape(layer)
+
+
+def test_a_model_with_a_call_of_its_own_is_not_functional() -> None:
+    class Doubled(keras.Model):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    class Sequence(keras.Sequential):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    class Named(keras.Model):
+        pass
+
+    inputs = keras.Input((4,))
+    outputs = layers.Dense(2)(inputs)
+    assert _keras.as_functional(Doubled(inputs, outputs)) is None
+    assert _keras.as_functional(Sequence([inputs, layers.Dense(2)])) is None
+    assert _keras.as_functional(Named(inputs, outputs)) is not None
+
+
+def test_kinds_of_others_have_their_module_in_front() -> None:
+    class Dense(layers.Dense):
+        pass
+
+    assert _keras.kind_of(layers.Dense) == "Dense"
+    assert _keras.kind_of(type(keras.Input((3,)) + 1.0)) == "KerasTensor"
+    assert _keras.kind_of(Dense) == f"{__name__}.test_kinds_of_others_have_their_module_in_front.<locals>.Dense"

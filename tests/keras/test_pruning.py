@@ -181,8 +181,8 @@ def test_kept_blocks_are_kept() -> None:
 
 def test_only_the_forms_asked_for_are_used() -> None:
     model = zoo.shared("residual")
-    small = prune(model, calibration=images_for(model), budget={"merged": 3}, forms=["conv1", "remove"])
-    assert {block.form for block in small.pruning.blocks} <= {"conv1", "remove"}
+    small = prune(model, calibration=images_for(model), budget={"merged": 3}, forms=["pointwise", "remove"])
+    assert {block.form for block in small.pruning.blocks} <= {"pointwise", "remove"}
     with pytest.raises(FormError, match="No form is named 'conv9'"):
         prune(model, calibration=images_for(model), forms=["conv9"])
 
@@ -330,7 +330,7 @@ def test_models_that_cannot_be_read_are_refused() -> None:
 
 def test_a_dynamic_size_is_pruned_where_padding_does_not_depend_on_it() -> None:
     model = zoo.shared("dynamic")
-    small = prune(model, calibration=images_for(model), budget={"merged": 2}, forms=["conv1", "conv3"])
+    small = prune(model, calibration=images_for(model), budget={"merged": 2}, forms=["pointwise", "conv3"])
     assert {block.name for block in small.pruning.blocks} == {"add", "add_2"}
     for size in (15, 16, 21):
         x = zoo.inputs_of(model, n=2, size=size)
@@ -362,12 +362,14 @@ def test_a_model_in_half_precision_stays_so() -> None:
         assert relative_error(zoo.outputs_of(small, x)[0], zoo.outputs_of(model, x)[0]) < 0.5
 
 
-def test_tokens_can_only_lose_their_blocks() -> None:
+def test_tokens_and_vectors_get_forms_of_their_own() -> None:
     model = zoo.shared("tokens")
-    small = prune(model, calibration=images_for(model), budget={"merged": 2})
-    assert [block.form for block in small.pruning.blocks] == ["remove", "remove"]
-    reasons = {one.rule: one.reason for one in small.pruning.refusals if one.site == "rank3"}
-    assert "reads a tensor of rank 3, not images" in reasons["conv1"]
+    small = prune(model, calibration=images_for(model, n=120), budget={"merged": 2})
+    first, second = (block.form for block in small.pruning.blocks)
+    assert first == "pointwise" and second in ("scale", "remove")
+    reasons = {one.site: one.reason for one in small.pruning.refusals if one.rule == "conv3"}
+    assert reasons == {"rank3": "it reads tokens, not images", "rank2": "it reads vectors, not images"}
+    assert "dearer than the block" in next(one.reason for one in small.pruning.refusals if one.rule == "pointwise")
 
 
 # From the accuracy side

@@ -23,8 +23,8 @@ def case():
     model = keras.Model(inputs, outputs)
     images = np.random.default_rng(0).normal(size=(60, 12, 12, 3)).astype("float32")
     blocks = find_blocks(model)
-    choices = [Choice(block.name, "conv1", "kept") for block in blocks]
-    assert form_by_name("conv1").refuses(blocks[0], skip="kept") is None
+    choices = [Choice(block.name, "pointwise", "kept") for block in blocks]
+    assert form_by_name("pointwise").refuses(blocks[0], skip="kept") is None
     return model, merge_in_sequence(blocks, choices, images), images, [block.name for block in blocks]
 
 

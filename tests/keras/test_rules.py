@@ -97,6 +97,44 @@ def test_dense_on_images(use_bias: bool) -> None:
     assert rules.macs(node, (shape,)) == 5 * 6 * 4 * 7
 
 
+def test_layer_scale() -> None:
+    from keras.src.applications.convnext import LayerScale
+
+    shape = (None, 5, 6, 4)
+    inputs = keras.Input(shape[1:])
+    node = read_graph(zoo.randomise(keras.Model(inputs, LayerScale(1e-6, 4)(inputs)))).nodes[-1]
+    (one,) = rules.linear_maps(node, shape)
+    assert_same(node, shape, lambda x: affine.apply(one, x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Rescaling(1 / 127.5, -1.0),
+        lambda: layers.Rescaling([0.5, 2.0, 3.0], [1.0, -1.0, 0.0]),
+        lambda: layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[0.5, 2.0, 1e-16]),
+        lambda: layers.Normalization(mean=2.0, variance=4.0, axis=None),
+        lambda: layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[0.5, 2.0, 4.0], invert=True),
+    ],
+)
+def test_preprocessing(layer) -> None:
+    shape = (None, 5, 6, 3)
+    node = node_of(layer(), shape)
+    scale, shift = rules.preprocessing(node, 3)
+    assert_same(node, shape, lambda x: scale * x + shift)
+
+
+def test_preprocessing_that_treats_pixels_differently() -> None:
+    shape = (None, 5, 6, 3)
+    for layer in (
+        layers.Rescaling(1.0, np.zeros((5, 6, 3))),
+        layers.Normalization(mean=[0.0] * 5, variance=[1.0] * 5, axis=1),
+    ):
+        with pytest.raises(rules.Unsupported, match="does not treat all pixels alike"):
+            rules.preprocessing(node_of(layer, shape), 3)
+    assert rules.preprocessing(node_of(layers.ReLU(), shape), 3) is None
+
+
 @pytest.mark.parametrize("padding", [1, (2, 0), ((0, 1), (2, 3))], ids=str)
 def test_zero_padding(padding) -> None:
     shape = (None, 5, 6, 3)
@@ -250,7 +288,12 @@ def test_what_does_nothing_at_inference_does_nothing() -> None:
         assert rules.is_passive(node)
         np.testing.assert_array_equal(layer(x), x)
         assert not rules.is_passive(node_of(type(layer).from_config(layer.get_config()), shape, training=True))
-    assert {type(layer).__name__ for layer in made} == {*rules.PASSIVE, "Activation"}
+    # Augmentations, and stochastic depth in its block: test_graph_coverage.py
+    of_keras = {kind for kind in rules.PASSIVE - rules.AUGMENTATIONS if "." not in kind}
+    assert {type(layer).__name__ for layer in made} == {*of_keras, "Activation"} - {
+        "SpatialDropout1D",
+        "StochasticDepth",
+    }
 
 
 def test_macs_of_other_layers() -> None:
@@ -263,6 +306,9 @@ def test_macs_of_other_layers() -> None:
     assert macs(layers.Dense(7), (None, 4)) == 28
     assert macs(layers.Dense(7), (None, 10, 4)) == 280
     assert macs(layers.Conv2DTranspose(5, 3, strides=2, padding="same"), (None, 4, 6, 2)) == 4 * 6 * 9 * 2 * 5
+    query, key = keras.Input((2, 10, 3)), keras.Input((2, 3, 7))
+    product = read_graph(keras.Model([query, key], keras.ops.matmul(query, key))).nodes[-1]
+    assert rules.macs(product, ((None, 2, 10, 3), (None, 2, 3, 7))) == 2 * 10 * 3 * 7
     # 2 heads of 3: query, key, value and output of 8 -> 6, then scores and values over 10 x 10 tokens
     attention = layers.MultiHeadAttention(2, 3)
     shape = (None, 10, 8)

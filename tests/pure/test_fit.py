@@ -504,3 +504,179 @@ def test_centred_is_a_frozen_value() -> None:
     assert isinstance(centred, Centred) and (centred.c_in, centred.c_out) == (3, 4)
     with pytest.raises(AttributeError):
         centred.gram = None
+
+
+# The oracle: numpy's least squares on centred patches with sqrt(ridge) * I below them
+
+
+def augmented(patches, target, ridge, *, prior=None, weights=None):
+    """Predictions of a ridge regression towards a prior, by numpy's least squares; positions may have weights."""
+    weights = np.ones(len(patches)) if weights is None else weights
+    mean_x, mean_y = (np.average(one, axis=0, weights=weights) for one in (patches, target))
+    a, b = patches - mean_x, target - mean_y
+    root = np.sqrt(weights / weights.sum())[:, None]
+    pull = np.sqrt(ridge * np.linalg.eigvalsh((root * a).T @ (root * a)).mean())
+    prior = np.zeros((a.shape[1], b.shape[1])) if prior is None else prior
+    found = np.linalg.lstsq(
+        np.concatenate([root * a, pull * np.eye(a.shape[1])]), np.concatenate([root * b, pull * prior]), rcond=None
+    )[0]
+    return a @ found + mean_y
+
+
+def assert_predicts(have: np.ndarray, want: np.ndarray) -> None:
+    assert np.abs(have - want).max() <= 1e-6 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_conjugate_gradients_find_what_least_squares_finds(window: Window, with_prior: bool) -> None:
+    x, y = curved(window, c_out=3)
+    x = x.astype("float32").astype("float64")  # samples are float32
+    prior = np.random.default_rng(1).normal(size=(3 * window.n_taps, 3)) if with_prior else None
+    samples = samples_of(window, x, y)
+    weights, bias = samples.ridge_regression(prior=prior, ridge=1e-2, n_steps=500, tolerance=1e-20)
+    patches = flat(window, x)
+    assert_predicts(patches @ weights + bias, augmented(patches, y.reshape(-1, 3), 1e-2, prior=prior))
+
+
+def test_a_linear_block_is_recovered_by_conjugate_gradients() -> None:
+    window = GEOMETRIES["3x3 same"]
+    rng = np.random.default_rng(3)
+    truth = in_window(window, rng, 3, 4)
+    x = rng.normal(size=(20, 9, 10, 3)).astype("float32").astype("float64")
+    weights, bias = samples_of(window, x, affine.apply(truth, x)).ridge_regression(
+        ridge=0.0, n_steps=500, tolerance=1e-24
+    )
+    np.testing.assert_allclose(weights, truth.kernel.reshape(-1, 4), atol=1e-8)
+    np.testing.assert_allclose(bias, truth.bias, atol=1e-8)
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+def test_a_scale_is_each_channels_own_least_squares(prior: float) -> None:
+    window = GEOMETRIES["1x1"]
+    x, y = curved(window, c_out=3)
+    centred = moments_of(window, x, y).centred()
+    for ridge in (0.0, 1e-2):
+        scale = centred.scale_regression(prior=prior, ridge=ridge)
+        have = x.reshape(-1, 3) * scale + centred.bias_of(np.diag(scale))
+        # The ridge is in mean eigenvalues of all channels: rescaled, so that each alone gets the same pull.
+        own = np.diag(centred.gram)
+        for c in range(3):
+            one = x.reshape(-1, 3)[:, c : c + 1], y.reshape(-1, 3)[:, c : c + 1]
+            want = augmented(*one, ridge * centred.mean_eigenvalue / own[c], prior=np.full((1, 1), prior))
+            assert_predicts(have[:, c : c + 1], want)
+
+
+def test_a_channelwise_block_is_recovered_and_dead_channels_keep_the_prior() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 9, 10, 4))
+    x[..., 2] = 0.0
+    scale, shift = rng.normal(size=4), rng.normal(size=4)
+    centred = moments_of(GEOMETRIES["1x1"], x, x * scale + shift).centred()
+    found = centred.scale_regression(prior=1.0, ridge=0.0)
+    alive = [0, 1, 3]
+    np.testing.assert_allclose(found[alive], scale[alive], atol=1e-8)
+    np.testing.assert_allclose(centred.bias_of(np.diag(found)), shift, atol=1e-8)
+    assert found[2] == 1.0
+    with pytest.raises(ShapeError, match="A scale maps a channel to itself: 3 to 4 channels"):
+        moments_of(GEOMETRIES["1x1"], *curved(GEOMETRIES["1x1"])).centred().scale_regression(prior=0.0)
+
+
+@pytest.mark.parametrize("name", ["3x3 same", "5x5 stride 2"])
+def test_the_pointwise_half_of_a_separable_fit_is_least_squares(name: str) -> None:
+    window = GEOMETRIES[name]
+    x, y = curved(window)
+    x = x.astype("float32").astype("float64")
+    samples = samples_of(window, x, y)
+    # Powers of two: the depthwise sums are exact in float32, so that only the solve is compared.
+    start = 2.0 ** np.random.default_rng(0).integers(-2, 2, size=(window.n_taps, 3))
+    start[1:] = 0.0
+    depthwise, pointwise, bias = samples.fit_depthwise_pointwise(samples.outputs, start=start, ridge=1e-2, n_rounds=0)
+    np.testing.assert_array_equal(depthwise, start)
+    features = np.einsum("ntc,tc->nc", samples.patches.astype("float64"), start)
+    assert_predicts(features @ pointwise + bias, augmented(features, samples.outputs, 1e-2))
+
+
+def test_whole_images_and_patches_are_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where patches would be larger than the images they are cut from, the images are kept."""
+    monkeypatch.setattr(fit, "BYTES_IN_CACHE", 1)  # one image at a time
+    monkeypatch.setattr(fit, "BYTES_AT_ONCE", 4 * 7 * 9 * 3)  # seven patches at a time
+    rng = np.random.default_rng(0)
+    for window in (GEOMETRIES["3x3 same"], GEOMETRIES["stride 2, padded at one side"]):
+        x, y = curved(window)
+        few, many = Samples.empty(window, 3, 4), Samples.empty(window, 3, 4)
+        for part in (slice(0, 4), slice(4, 6)):
+            few.add(x[part], y[part], n_positions=9, rng=rng)
+            many.add(x[part], y[part], n_positions=70, rng=np.random.default_rng(part.start))
+        assert [part.images is None for part in (*few._parts, *many._parts)] == [True, True, False, False]
+        direct = [
+            sample_patches(window, x[part], y[part], 70, np.random.default_rng(part.start))
+            for part in (slice(0, 4), slice(4, 6))
+        ]
+        patches = np.concatenate([one.reshape(len(one), -1, 3) for one, _ in direct]).astype("float32")
+        np.testing.assert_array_equal(many.patches, patches)
+        np.testing.assert_array_equal(many.outputs, np.concatenate([two for _, two in direct]))
+        for samples in (few, many):
+            kernel, values = rng.normal(size=(window.n_taps, 3)), rng.normal(size=(samples.n, 3))
+            patches = samples.patches.astype("float64")
+            np.testing.assert_allclose(samples.depthwise(kernel), np.einsum("ntc,tc->nc", patches, kernel), atol=1e-4)
+            np.testing.assert_allclose(samples.correlate(values), np.einsum("ntc,nc->tc", patches, values), atol=1e-3)
+            squares = np.einsum("ntc,ntc,nc->tc", patches, patches, values)
+            np.testing.assert_allclose(samples.correlate(values, squared=True), squares, atol=1e-2)
+            np.testing.assert_allclose(samples.mean_patch(), patches.mean(axis=0), atol=1e-5)
+            one = random_map(rng, window.kernel_size, 3, 2)
+            np.testing.assert_allclose(
+                samples.convolve(one), patches.reshape(samples.n, -1) @ one.kernel.reshape(-1, 2) + one.bias, atol=1e-4
+            )
+
+
+# Tokens
+
+
+def token_case(n: int = 12, tokens: int = 17, c: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens as images one pixel wide; the first behaves in another way than the others."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, tokens, 1, c)).astype("float32").astype("float64")
+    x[:, 0] += 2.0
+    y = x @ rng.normal(size=(c, 3)) + 0.1 * rng.normal(size=(n, tokens, 1, 3))
+    y[:, 0] = x[:, 0] @ rng.normal(size=(c, 3)) + 1.0
+    return x, y
+
+
+@pytest.mark.parametrize("special", [(0,), (0, 1), (-1,), ()])
+def test_special_tokens_weigh_as_much_as_all_patches(special: tuple[int, ...]) -> None:
+    x, y = token_case()
+    window = GEOMETRIES["1x1"]
+    moments, samples = Moments(window, 4, 3), Samples.empty(window, 4, 3)
+    for evidence in (moments, samples):
+        for part in (slice(0, 5), slice(5, 12)):
+            evidence.add(x[part], y[part], n_positions=EVERY, rng=np.random.default_rng(0), special_rows=special)
+    weights = np.ones((12, 17))
+    if special:
+        weights[:, list(special)] = (17 - len(special)) / len(special)
+    patches, target, weights = x.reshape(-1, 4), y.reshape(-1, 3), weights.ravel()
+    assert moments.n == pytest.approx(weights.sum()) == pytest.approx(samples.weights.sum())
+    want = augmented(patches, target, 1e-3, weights=weights)
+    centred = moments.centred()
+    solved = centred.ridge_regression(ridge=1e-3)
+    assert_predicts(patches @ solved + centred.bias_of(solved), want)
+    by_steps, bias = samples.ridge_regression(ridge=1e-3, n_steps=200, tolerance=1e-20)
+    assert_predicts(patches @ by_steps + bias, want)
+    mean = np.average(target, axis=0, weights=weights)
+    total = np.average(np.square(target - mean).sum(axis=1), weights=weights)
+    r2 = 1 - np.average(np.square(target - want).sum(axis=1), weights=weights) / total
+    assert centred.explained(solved) == pytest.approx(r2, abs=1e-9)
+    one = AffineConv(solved[None, None], centred.bias_of(solved))
+    assert samples.explained(samples.convolve(one)) == pytest.approx(r2, abs=1e-5)
+
+
+def test_one_class_token_is_visible_to_a_weighted_fit_only() -> None:
+    x, y = token_case(n=40, tokens=197)
+    errors = []
+    for special in ((), (0,)):
+        moments = Moments(GEOMETRIES["1x1"], 4, 3)
+        moments.add(x, y, n_positions=2000, rng=np.random.default_rng(0), special_rows=special)
+        centred = moments.centred()
+        weights = centred.ridge_regression(ridge=1e-6)
+        errors.append(np.square(x[:, 0, 0] @ weights + centred.bias_of(weights) - y[:, 0, 0]).mean())
+    assert errors[1] < 0.7 * errors[0]

@@ -11,14 +11,16 @@ from tests.linear_blocks import make_block, output_of
 from tests.strategies import random_map
 from updp_tf import affine, forms
 from updp_tf.affine import AffineConv, Geometry
-from updp_tf.errors import FormError
+from updp_tf.errors import FormError, ShapeError
 from updp_tf.fit import Moments, Samples, Window
 from updp_tf.forms import (
     ConvForm,
     Fitted,
     RemoveForm,
+    ScaleForm,
     SeparableForm,
     all_forms,
+    cost_of_fitted,
     explained_by,
     fitted_from_arrays,
     fitted_to_arrays,
@@ -26,6 +28,7 @@ from updp_tf.forms import (
     form_by_name,
     layer_specs,
     register_form,
+    scale_spec,
     window_of_size,
 )
 from updp_tf.structure import Refusal
@@ -210,7 +213,8 @@ def test_a_large_ridge_leaves_the_skip() -> None:
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (make_block(None), "'gate' is a Multiply"),
+        (make_block(None), "it turns rank 4 into rank 2"),
+        (make_block(Geometry((1, 1), (1, 1), (0, 0, 0, 0))), "the block itself reads 1x1 pixels, less than the form"),
         (
             make_block(Geometry((5, 5), (1, 1), (0, 0, 0, 0))),
             "a 3x3 kernel would need negative padding to stay aligned",
@@ -277,6 +281,61 @@ def test_depthwise_maps_are_written_out() -> None:
     np.testing.assert_allclose(affine.apply(found.maps[0], x), affine.apply(maps[0], x), atol=1e-12)
 
 
+@pytest.mark.parametrize("skip", ["kept", "folded"])
+def test_a_border_is_one_more_tensor(skip: str) -> None:
+    """The Rescaling reads the convolution's output and writes another one of its size."""
+    maps = (random_map(np.random.default_rng(0), 1, 4, 6), random_map(np.random.default_rng(1), 3, 6, 4, padding=1))
+    block = make_block(maps, skip=IDENTITY, live_bytes=1000)
+    form = ConvForm(3)
+    exit_bytes = 4 * 9 * 10 * 4
+    plain = form.from_maps(block, maps, skip=skip)
+    bordered = form.from_maps(block, maps, skip=skip, exact_border=True)
+    before, after = (cost_of_fitted(form, block, one, skip=skip) for one in (plain, bordered))
+    assert before == form.cost(block, skip=skip)
+    assert (after.macs, after.params) == (before.macs, before.params)
+    assert after.activation_bytes == 1000 + 2 * exit_bytes
+
+
+# Scales and tokens
+
+
+def test_a_scale_is_a_norm_with_the_statistics_of_what_it_reads() -> None:
+    rng = np.random.default_rng(0)
+    scale, shift, mean, variance = rng.normal(size=(4, 5))
+    variance = np.square(variance)
+    spec = scale_spec(affine.from_scale(scale, shift), "new", (mean, variance))
+    gamma, beta, moving_mean, moving_variance = (one.astype("float64") for one in spec.weights)
+    assert spec.class_name == "BatchNormalization"
+    np.testing.assert_allclose((moving_mean, moving_variance), (mean, variance), rtol=1e-6)
+    x = rng.normal(size=(7, 5))
+    written = gamma * (x - moving_mean) / np.sqrt(moving_variance + spec.config["epsilon"]) + beta
+    np.testing.assert_allclose(written, scale * x + shift, atol=1e-5)
+    arrays = fitted_to_arrays(Fitted((affine.from_scale(scale, shift),), False, statistics=(mean, variance)))
+    np.testing.assert_array_equal(fitted_from_arrays(arrays, r2=None).statistics, (mean, variance))
+
+
+def test_a_scale_draws_towards_an_identity_and_not_towards_a_projection() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10, 9, 10, 4))
+    for skip, wanted in ((IDENTITY, 1.0), (projection(rng, 4, 1), 0.0)):
+        block = make_block(SAME3, skip=skip, projected=wanted == 0.0)
+        form = ScaleForm()
+        assert form.refuses(block, skip="kept") is None
+        fitted = form.fit(block, evidence_for(form, block, x, np.tanh(x)), skip="kept", ridge=1e9)
+        assert not fitted.keeps_skip
+        np.testing.assert_allclose(fitted.maps[0].kernel, wanted, atol=1e-6)
+
+
+def test_on_tokens_and_vectors_a_matrix_is_a_dense_layer() -> None:
+    one = random_map(np.random.default_rng(0), 1, 3, 5)
+    for rank in (2, 3):
+        (spec,) = layer_specs(one, "new", rank=rank)
+        assert spec.class_name == "Dense" and spec.config["units"] == 5
+        np.testing.assert_allclose(spec.weights[0], one.kernel[0, 0], rtol=1e-6)
+    with pytest.raises(ShapeError, match="reads images, not tensors of rank 3"):
+        list(layer_specs(random_map(np.random.default_rng(0), 3, 3, 5, padding=1), "new", rank=3))
+
+
 # Arrays and layers
 
 
@@ -338,7 +397,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_built_in_forms_come_first_and_have_names() -> None:
     names = [form.name for form in all_forms()]
-    assert names[:6] == ["conv1", "conv3", "conv5", "separable3", "separable5", "remove"]
+    assert names[:6] == ["conv3", "conv5", "conv7", "separable3", "separable5", "separable7"]
+    assert names[6:9] == ["pointwise", "scale", "remove"]
     assert len(set(names)) == len(names)
     assert all(form_by_name(name).name == name for name in names)
 
@@ -346,9 +406,9 @@ def test_built_in_forms_come_first_and_have_names() -> None:
 def test_a_name_cannot_be_taken_twice(registry: None) -> None:
     with pytest.raises(FormError, match="A form named 'conv3' is registered already; choose another name"):
         register_form(ConvForm(3))
-    assert register_form(ConvForm(7)) is form_by_name("conv7")
-    with pytest.raises(FormError, match="'conv7' is registered already"):
-        register_form(ConvForm(7))
+    assert register_form(ConvForm(9)) is form_by_name("conv9")
+    with pytest.raises(FormError, match="'conv9' is registered already"):
+        register_form(ConvForm(9))
 
 
 def test_an_object_without_the_methods_is_refused(registry: None) -> None:
@@ -367,5 +427,5 @@ def test_an_object_without_the_methods_is_refused(registry: None) -> None:
 
 
 def test_an_unknown_name_lists_the_forms() -> None:
-    with pytest.raises(FormError, match="No form is named 'conv9'; the forms are: conv1, conv3"):
+    with pytest.raises(FormError, match="No form is named 'conv9'; the forms are: conv3, conv5"):
         form_by_name("conv9")

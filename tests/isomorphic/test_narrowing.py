@@ -1,0 +1,157 @@
+"""`narrow`: what is cut, what is kept, what is refused, and what images mend."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import updp_tf
+from tests import zoo
+from tests.isomorphic.test_dependency import model_of
+from updp_tf.blocks import network_cost, prepared_graph
+from updp_tf.errors import BudgetError, CalibrationError, ModelError
+from updp_tf.graph import read_graph
+from updp_tf.isomorphic.gradients import gradient_statistics
+from updp_tf.narrowing import narrow
+
+
+def outputs(model, x) -> np.ndarray:
+    return keras.ops.convert_to_numpy(model(x, training=False))
+
+
+def test_a_narrowed_model_trains_saves_loads_merges_and_narrows_again(tmp_path):
+    model = zoo.build("inverted_residuals")
+    x = zoo.inputs_of(model, n=8)
+    small = narrow(model, ratio=0.3, round_to=2, streams=True)
+    small.compile("sgd", "sparse_categorical_crossentropy")
+    small.train_on_batch(x, np.zeros(8, dtype=int))
+    small.save(tmp_path / "small.keras")
+    loaded = keras.saving.load_model(tmp_path / "small.keras")
+    np.testing.assert_allclose(outputs(loaded, x), outputs(small, x), atol=1e-6)
+    again = narrow(loaded, ratio=0.3, round_to=2)
+    assert again.count_params() < loaded.count_params()
+    merged = updp_tf.prune(again, calibration=x, budget={"merged": 1})
+    assert merged.count_params() != again.count_params()
+
+
+def test_a_budget_is_met_and_not_by_far():
+    model = zoo.build("residual")
+    small = narrow(model, budget={"macs": 0.6, "params": 0.8}, round_to=1)
+    report = small.narrowing
+    assert report.after == network_cost(read_graph(small))
+    assert report.after.macs <= 0.6 * report.before.macs
+    assert report.after.params <= 0.8 * report.before.params
+    assert min(0.6 - report.after.macs / report.before.macs, 0.8 - report.after.params / report.before.params) < 0.06
+
+
+def test_steps_end_where_one_step_does():
+    model = zoo.build("residual")
+    once, thrice = (narrow(model, ratio=0.5, scope="local", round_to=1, streams=True, steps=n) for n in (1, 3))
+    widths = [[group.after for group in one.narrowing.groups] for one in (once, thrice)]
+    assert widths[0] == widths[1]
+    assert (
+        narrow(model, budget={"macs": 0.5}, round_to=1, steps=2).narrowing.after.macs
+        <= 0.5 * network_cost(prepared_graph(model)).macs
+    )
+
+
+def test_streams_and_ignored_layers_are_left_whole_and_said_so():
+    model = zoo.build("inverted_residuals")
+    small = narrow(model, ratio=0.5, round_to=1, ignore=["conv2d"])
+    rules = {refusal.site: refusal.rule for refusal in small.narrowing.kept}
+    assert rules["conv2d"] == "ignore"
+    assert "stream" in rules.values()
+    assert small.get_layer("conv2d").filters == model.get_layer("conv2d").filters
+    assert "stream" in str(small.narrowing)
+
+
+def test_scopes_and_importances_choose_differently():
+    model = zoo.build("bottlenecks")
+    x = zoo.inputs_of(model, n=4)
+    kinds = [("isomorphic", "l2"), ("global", "l1"), ("local", "random"), ("isomorphic", "activation")]
+    for scope, importance in kinds:
+        images = x if importance == "activation" else None
+        report = narrow(
+            model, ratio=0.4, scope=scope, importance=importance, round_to=1, streams=True, calibration=images
+        ).narrowing
+        assert report.after.params < 0.75 * report.before.params
+
+
+def test_norms_and_closing_layers_are_mended_with_images():
+    """Mended, the narrowed network is nearer to the original, on images that mended nothing."""
+    model = zoo.build("residual")
+    model.layers[-1].activation = keras.activations.linear
+    rng = np.random.default_rng(0)
+    shape = tuple(model.inputs[0].shape[1:])
+    images, unseen = (rng.normal(size=(n, *shape)).astype("float32") for n in (160, 64))
+    model = updp_tf.reestimate_norms(model, images)  # random statistics are none that images have
+    wanted = outputs(model, unseen)
+
+    def error(small) -> float:
+        return float(np.square(outputs(small, unseen) - wanted).mean())
+
+    ways = {"none": {}, "norms": {"calibration": images, "refit": False}, "refit": {"calibration": images}}
+    errors = {way: error(narrow(model, ratio=0.3, round_to=1, **options)) for way, options in ways.items()}
+    assert errors["refit"] < 0.7 * errors["norms"]
+    assert errors["refit"] < 0.5 * errors["none"]
+
+
+def test_gradients_are_those_of_tensorflow():
+    tf = pytest.importorskip("tensorflow")
+    model = zoo.build("squeeze_excite")
+    x = zoo.inputs_of(model, n=6)
+    y = np.arange(6) % model.output_shape[-1]
+    graph = read_graph(model)
+    found = gradient_statistics(graph, "taylor", x, y, "sparse_categorical_crossentropy", seed=0)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(y, model(x, training=False)))
+    wanted = tape.gradient(loss, [one.value for one in model.trainable_variables])
+    by_path = {one.path: g for one, g in zip(model.trainable_variables, wanted, strict=True)}
+    n = 0
+    for node in graph:
+        for index, gradient in found.get(id(node.layer), {}).items():
+            want = by_path[node.layer.variables[index].path].numpy()
+            np.testing.assert_allclose(gradient, want, atol=1e-4 * max(np.abs(want).max(), 1e-3))
+            n += 1
+    assert n == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, BudgetError, "Give either `ratio`"),
+        ({"ratio": 0.5, "budget": {"macs": 0.5}}, BudgetError, "Give either `ratio`"),
+        ({"ratio": 1.0}, BudgetError, "above 0 and below 1. Received: 1.0"),
+        ({"ratio": 0}, BudgetError, "above 0 and below 1"),
+        ({"ratio": 0.5, "scope": "everything"}, BudgetError, "`scope` is one of isomorphic, global, local"),
+        ({"ratio": 0.5, "importance": "l3"}, BudgetError, "`importance` is one of"),
+        ({"ratio": 0.5, "round_to": 0}, BudgetError, "`round_to` is a whole number"),
+        ({"budget": {"merged": 2}}, BudgetError, "merges no blocks"),
+        ({"budget": {"macs": 0.0001}}, BudgetError, "cannot come down to macs 0.0001"),
+        ({"ratio": 0.5, "ignore": ["nothing"]}, ModelError, "no layer named 'nothing'"),
+        ({"ratio": 0.5, "importance": "taylor"}, CalibrationError, "needs calibration images"),
+        ({"ratio": 0.5, "importance": "activation"}, CalibrationError, "needs calibration images"),
+    ],
+)
+def test_bad_calls_are_refused_in_one_sentence(options, error, message):
+    with pytest.raises(error, match=message):
+        narrow(zoo.shared("residual"), **options)
+
+
+def test_gradients_that_are_nan_name_the_layer():
+    model = model_of("plain")
+    layer = next(one for one in model.layers if isinstance(one, keras.layers.Conv2D))
+    layer.kernel.assign(np.full(layer.kernel.shape, np.nan))
+    x = zoo.inputs_of(model)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        gradient_statistics(read_graph(model), "taylor", x, np.zeros((3, 5)), "mean_squared_error", seed=0)
+    with pytest.raises(ModelError, match="'conv2d' is NaN or infinite"):
+        narrow(model, ratio=0.5)
+
+
+def test_a_model_without_channels_to_cut_says_why():
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="dense")(inputs))
+    with pytest.raises(ModelError, match="no channels that can be cut: dense: group: 'dense' is an output"):
+        narrow(model, ratio=0.5)

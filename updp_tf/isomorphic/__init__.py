@@ -1,0 +1,1 @@
+"""Width: which channels go together, how much they matter, and a graph without some of them."""
