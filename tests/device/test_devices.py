@@ -111,6 +111,7 @@ def test_every_device_keeps_the_contract(device):
     opened.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", KINDS, indirect=True)
 def test_a_table_from_every_device(device, tmp_path):
     opened, files, name = device
@@ -300,7 +301,7 @@ def client(*arguments) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_client_that_is_killed_leaves_nothing_on_the_phone(phone, models, stand_in, tmp_path, how):
     made = phone()
     process = client(f"adb:{made.serial}", models.one, stand_in, "", tmp_path / "rows.csv", "python3")
@@ -379,6 +380,7 @@ def test_a_board_that_is_not_there(models):
         benchmark([models.one], device="ssh:me:secret@host")
 
 
+@pytest.mark.slow
 def test_a_client_that_is_killed_leaves_nothing_on_the_board(board, models, tmp_path):
     before = set(leftovers(Path("/tmp")))
     process = client(board.address, models.one, "", board.good, tmp_path / "rows.csv", board.python)

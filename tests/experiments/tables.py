@@ -95,7 +95,29 @@ def latency() -> str:
     return table(head, body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"resnet56": resnet56, "mobilenetv2": mobilenetv2, "latency": latency}
+def narrowing() -> str:
+    rows = rows_of("resnet56_narrowing.csv")
+    factors = sorted({float(row["less"]) for row in rows})
+    ways = dict.fromkeys((row["scope"], row["importance"], row["round_to"], row["mend"]) for row in rows)
+    body = []
+    for way in ways:
+        scope, importance, step, mend = way
+        cells = [f"{scope}, {importance}, widths in steps of {step}, {mend}"]
+        for less in factors:
+            same = [row for row in rows if (row["scope"], row["importance"], row["round_to"], row["mend"]) == way]
+            top1 = [float(row["top1"]) for row in same if float(row["less"]) == less]
+            spread = f" ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
+            cells.append(f"{100 * np.mean(top1):.1f}{spread}" if top1 else "-")
+        body.append(cells)
+    return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "resnet56": resnet56,
+    "mobilenetv2": mobilenetv2,
+    "latency": latency,
+    "narrowing": narrowing,
+}
 
 
 def with_tables(text: str) -> str:
