@@ -280,8 +280,10 @@ def test_a_file_that_computes_something_else_is_not_timed(phone, models, stand_i
 
 
 CLIENT = """
-import sys, tflite_export
+import signal, sys, tflite_export
 from pathlib import Path
+# A shell that starts the tests in its background has them, and so this process, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tflite_export.devices import DeviceOptions
 options = DeviceOptions(
     benchmark_model=Path(sys.argv[3]) if sys.argv[3] else None,
