@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from tflite_export.errors import DataError, ExportError, ModelError, OutputError, TfliteExportError
 from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
+from tflite_export.steps import Step
 
 N_PROBES = 16
 # Float arithmetic in another order stays below 1e-4 on real networks; a file with wrong weights is off by 1e-1 or more.
@@ -28,6 +30,9 @@ FLOAT_TOLERANCE = 1e-2
 # Weights rounded to 11 bits are off by 2e-4 each.
 HALF_TOLERANCE = 5e-2
 INTEGER_NOTE = 0.25
+# A pass before the conversion that goes wrong is off by 1e-1 or more, too.
+CLEAN_TOLERANCE = 1e-3
+N_CLEAN_PROBES = 4
 _HALF_TYPES = ("float16", "bfloat16")
 _HALF_POLICIES = (*_HALF_TYPES, "mixed_float16", "mixed_bfloat16")
 # Operators with which a file keeps its weights outside: it computes NaN.
@@ -112,8 +117,10 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
     names = signature_names(_keras_input_names(model))
     _check_norms(model, request["quantize"], notes)
     samples = _samples(request, model, names, notes)
+    cleaned, steps = _cleaned(model, names, request, samples, progress)
     progress("converting")
-    data = _convert_bytes(model, names, request, samples)
+    data = _convert_bytes(cleaned, names, _output_names(model), request, samples)
+    del cleaned
     progress("checking the file")
     _write_bytes(Path(request["output"]), data)
     file = read_flatbuffer(data)
@@ -131,6 +138,7 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
         "max_error": error,
         "sha256": file.sha256,
         "notes": notes,
+        "steps": [asdict(step) for step in steps],
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": _peak_memory_bytes(),
         "versions": {name: version(name) for name in ("tensorflow", "keras", "ai-edge-litert")},
@@ -260,12 +268,58 @@ def _note_range(model: Any, names: list[str], samples: Mapping[str, np.ndarray],
                 )
 
 
-def _convert_bytes(model: Any, names: list[str], request: dict[str, Any], samples: Mapping[str, np.ndarray]) -> bytes:
+def _cleaned(
+    model: Any,
+    names: list[str],
+    request: dict[str, Any],
+    samples: Mapping[str, np.ndarray],
+    progress: Callable[[str], None],
+) -> tuple[Any, tuple[Step, ...]]:
+    """Return the model rewritten for the file, compared with what it was, and what was done.
+
+    Raises:
+        ExportError: the rewritten model computes something else, which is a fault of ours.
+    """
+    if not request["clean"]:
+        return model, ()
+    from tflite_export.clean import Purpose, clean_model
+
+    progress("rewriting the model")
+    purpose = Purpose(
+        integer=request["quantize"] in INTEGER_SCHEMES,
+        edgetpu=request["target"] == "edgetpu",
+        fold_input=request["input_normalization"] == "fold",
+    )
+    cleaned, steps = clean_model(model, purpose)
+    if cleaned is model:
+        return model, steps
+    arrays = [
+        np.asarray(samples[name][:N_CLEAN_PROBES], tensor.dtype)
+        for name, tensor in zip(names, model.inputs, strict=True)
+    ]
+    for wanted, found in zip(_keras_outputs(model, arrays), _keras_outputs(cleaned, arrays), strict=True):
+        error = float(np.abs(found - wanted).max()) / (float(np.abs(wanted).max()) or 1.0)
+        if np.isfinite(wanted).all() and not error <= CLEAN_TOLERANCE:
+            done = ", ".join(step.name for step in steps if step.done)
+            raise ExportError(
+                f"model '{model.name}' differs by {error:.2g} of its largest output after the passes {done}: "
+                "export it with clean=False, and tell us."
+            )
+    return cleaned, steps
+
+
+def _convert_bytes(
+    model: Any,
+    names: list[str],
+    output_names: list[str],
+    request: dict[str, Any],
+    samples: Mapping[str, np.ndarray],
+) -> bytes:
     import tensorflow as tf
     from tensorflow.lite.python.convert_phase import ConverterError
 
     try:
-        function = _concrete_function(model, names)
+        function = _concrete_function(model, names, output_names)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([function], _variable_holder(model))
         _set_scheme(converter, request, model, names, samples)
         return converter.convert()
@@ -278,11 +332,11 @@ def _convert_bytes(model: Any, names: list[str], request: dict[str, Any], sample
         ) from error
 
 
-def _concrete_function(model: Any, names: list[str]) -> Any:
+def _concrete_function(model: Any, names: list[str], output_names: list[str]) -> Any:
     import tensorflow as tf
 
     def call(*inputs: Any) -> dict[str, Any]:
-        return dict(zip(_output_names(model), _call(model, inputs), strict=True))
+        return dict(zip(output_names, _call(model, inputs), strict=True))
 
     specs = [
         tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype, name=name)

@@ -16,6 +16,7 @@ from tflite_export.edgetpu import check_edgetpu
 from tflite_export.errors import DataError, ExportError, ModelError, OptionError, OutputError
 from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer
+from tflite_export.steps import Step
 from tflite_export.worker import ExportWorker, temporary_files_error
 
 Progress = Callable[[int, int, str], None]
@@ -30,7 +31,8 @@ _SCHEMES = {
 """Types that inputs and outputs may have, the default first."""
 
 _TARGETS = ("edgetpu",)
-_STEPS_PER_MODEL = 5  # save, load, convert, check, write
+_INPUT_NORMALIZATION = ("fold", "keep")
+_STEPS_PER_MODEL = 6  # save, load, rewrite, convert, check, write
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class ExportResult:
         max_error: max|file - Keras| / max|Keras|, the largest over the outputs, on up to 16 of the calibration images,
             or on random ones where there are none.
         notes: what a reader should know: renamed, converted, suspicious ranges.
+        steps: what was rewritten before the conversion and done for the accuracy of integers, one record each.
         seconds: time of the conversion without the start of the worker process.
         peak_memory_bytes: most memory that the worker process has used so far (0 where it is not known).
         versions: of what converted it.
@@ -70,6 +73,7 @@ class ExportResult:
     output_names: tuple[str, ...]
     max_error: float
     notes: tuple[str, ...]
+    steps: tuple[Step, ...]
     seconds: float
     peak_memory_bytes: int
     versions: dict[str, str]
@@ -87,7 +91,8 @@ class ExportResult:
         ]
         if self.float_tensors:
             lines.append(f"  left in float32: {len(self.float_tensors)} tensors of {', '.join(self.float_operators)}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        told = [*self.steps, *(f"note: {note}" for note in self.notes)]
+        return "\n".join([*lines, *(f"  {one}" for one in told)])
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ def export(
     calibration_limit: int = 500,
     input_dtype: str | None = None,
     target: str | None = None,
+    input_normalization: str = "fold",
+    clean: bool = True,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -137,6 +144,10 @@ def export(
         input_dtype: type of inputs and outputs: for int8 "int8" (default), "uint8" or "float32"; for int16x8 "int16"
             (default) or "float32"; else "float32".
         target: "edgetpu" writes int8 as its compiler takes it and notes what it would map; None for any runtime.
+        input_normalization: "fold" moves Rescaling and Normalization behind the input into the first layer, where
+            that is exact; "keep" leaves them as operators of their own.
+        clean: whether the network is rewritten first into operators that the runtime runs best, exactly: norms folded,
+            grouped convolutions as depthwise ones, and so on; `ExportResult.steps` tells what was done.
         force: whether an existing file is replaced.
         worker: a worker process to share with other calls; by default one of its own.
         progress: called with (steps done, steps in all, what comes next).
@@ -159,6 +170,8 @@ def export(
         calibration_limit=calibration_limit,
         input_dtype=input_dtype,
         target=target,
+        input_normalization=input_normalization,
+        clean=clean,
         force=force,
         worker=worker,
         progress=progress,
@@ -174,6 +187,8 @@ def export_many(
     calibration_limit: int = 500,
     input_dtype: str | None = None,
     target: str | None = None,
+    input_normalization: str = "fold",
+    clean: bool = True,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -188,6 +203,8 @@ def export_many(
         calibration_limit: as in `export`.
         input_dtype: as in `export`.
         target: as in `export`.
+        input_normalization: as in `export`.
+        clean: as in `export`.
         force: as in `export`.
         worker: as in `export`.
         progress: as in `export`; counts the steps of all models.
@@ -200,6 +217,8 @@ def export_many(
     """
     jobs = [_Job(model, Path(path)) for model, path in models]
     input_dtype = _checked_dtype(quantize, input_dtype, target)
+    if input_normalization not in _INPUT_NORMALIZATION:
+        raise OptionError(f"input_normalization must be one of {_INPUT_NORMALIZATION}, not {input_normalization!r}.")
     _check_calibration(quantize, calibration, calibration_limit)
     for job in jobs:
         _check_source(job)
@@ -213,7 +232,13 @@ def export_many(
     images = None if calibration is None else collect(calibration, limit)
     steps = _Steps(progress, _STEPS_PER_MODEL * len(jobs))
     with _work_folder() as folder, _running(worker) as converter:
-        scheme = {"quantize": quantize, "input_dtype": input_dtype, "target": target}
+        scheme = {
+            "quantize": quantize,
+            "input_dtype": input_dtype,
+            "target": target,
+            "input_normalization": input_normalization,
+            "clean": clean,
+        }
         request = scheme | _save_calibration(images, folder)
         results: list[ExportResult] = []
         for number, job in enumerate(jobs):
@@ -375,6 +400,7 @@ def _write(
             "quantize": request["quantize"],
             "input_dtype": request["input_dtype"],
             "notes": (*notes, *told, *answer["notes"]),
+            "steps": tuple(Step.from_json(step) for step in answer["steps"]),
         }
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv
-from updp_tf.structure import ModelGraph, Node, Ref, Shape
+from updp_tf.structure import ModelGraph, Node, Ref, Refusal, Shape
 
 _SCALE_OUTPUT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Conv2D": lambda kernel, scale: kernel * scale,
@@ -80,29 +80,48 @@ _KERNEL_OF: dict[str, Callable[[AffineConv, np.ndarray], np.ndarray]] = {
 def fold_preprocessing_in(graph: ModelGraph) -> tuple[ModelGraph, tuple[str, ...]]:
     """Return the graph with `Rescaling` and `Normalization` folded into the layer that reads them, where exact.
 
-    A scale passes zero padding, a shift does not: the layer would be shown zeros where the network shows it shifts.
-
     Returns:
         The graph, and the names of the folded calls. Outputs are equal up to rounding.
     """
+    graph, folded, _ = fold_into_readers(graph, rules.PREPROCESSING)
+    return graph, folded
+
+
+def fold_into_readers(
+    graph: ModelGraph, kinds: Collection[str]
+) -> tuple[ModelGraph, tuple[str, ...], tuple[Refusal, ...]]:
+    """Return the graph with preprocessing or norms of some kinds folded into the layer behind them, where exact.
+
+    A scale passes zero padding, a shift does not: the layer would be shown zeros where the network shows it shifts.
+
+    Args:
+        graph: is not changed.
+        kinds: of those in `rules.PREPROCESSING` and "BatchNormalization".
+
+    Returns:
+        The graph, the names of the folded calls, and why the others stay. Outputs are equal up to rounding.
+    """
     folded: list[str] = []
+    refused: list[Refusal] = []
     # From the back: what is folded first makes way for the one in front of it.
-    for name in [node.name for node in reversed(graph.nodes) if node.kind in rules.PREPROCESSING]:
+    for name in [node.name for node in reversed(graph.nodes) if node.kind in kinds]:
         found = _read_scaled(graph, graph.by_name[name])
-        if found is not None:
-            reader, layer = found
-            nodes = tuple(replace(node, layer=layer) if node.name == reader else node for node in graph)
-            (source,) = graph.by_name[name].inputs
-            graph = replace(graph, nodes=nodes).replace_site((name,), (), Ref(name), source)
-            folded.append(name)
-    return graph, tuple(folded)
+        if isinstance(found, str):
+            refused.append(Refusal(name, "fold_into_reader", found))
+            continue
+        reader, layer = found
+        nodes = tuple(replace(node, layer=layer) if node.name == reader else node for node in graph)
+        (source,) = graph.by_name[name].inputs
+        graph = replace(graph, nodes=nodes).replace_site((name,), (), Ref(name), source)
+        folded.append(name)
+    return graph, tuple(folded), tuple(reversed(refused))
 
 
-def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | None:
-    """Return the call that alone reads a preprocessing call, and its layer with that folded in; None where inexact."""
+def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | str:
+    """Return the call that alone reads a scale and a shift, and its layer with them folded in; or why not."""
     (source,) = node.inputs
     if "float" not in graph.dtype(source):
-        return None  # it also turns whole numbers into fractions
+        return "it also turns whole numbers into fractions"
     channels = int(node.shapes[0][-1] or 0)
     padded = False
     reader = node
@@ -110,26 +129,28 @@ def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | None:
         ref = Ref(reader.name)
         readers = graph.readers.get(ref, ())
         if len(readers) != 1 or ref in graph.output_refs:
-            return None
+            return f"'{reader.name}' is read by {len(readers)} layers" if readers else "it is an output of the model"
         reader = graph.by_name[readers[0]]
         if reader.kind == "ZeroPadding2D" and getattr(reader.layer, "data_format", "") == "channels_last":
             padded = True
         elif not rules.is_passive(reader):
             break
-    if reader.kind not in _KERNEL_OF or reader.name not in graph.called_once:
-        return None
+    if reader.kind not in _KERNEL_OF:
+        return f"'{reader.name}', which reads it, is a {reader.kind}"
+    if reader.name not in graph.called_once:
+        return f"'{reader.name}', which reads it, is called more than once"
     if getattr(reader.layer, "data_format", "channels_last") != "channels_last":
-        return None
+        return f"'{reader.name}' is channels_first"
     try:
-        scale_and_shift = rules.preprocessing(node, channels)
+        scale_and_shift = _scale_and_shift(node, channels, graph.shape(source))
         (one,) = rules.LINEAR[reader.kind](reader.layer, _as_image(graph.shape(reader.inputs[0])))
-    except rules.Unsupported:
-        return None
+    except rules.Unsupported as error:
+        return str(error)
     if scale_and_shift is None or one.c_in != channels:
-        return None
+        return f"'{reader.name}' reads other channels"
     scale, shift = scale_and_shift
     if shift.any() and (padded or one.pads):
-        return None
+        return f"'{reader.name}' pads with 0, which its shift would turn into something else"
     one = affine.fold_norm_before(one, scale, shift)
     config = reader.layer.get_config()
     config["use_bias"] = True
@@ -138,6 +159,13 @@ def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | None:
     clone.kernel.assign(_KERNEL_OF[reader.kind](one, rules.as_array(reader.layer.kernel)))
     clone.bias.assign(one.bias)
     return reader.name, clone
+
+
+def _scale_and_shift(node: Node, channels: int, shape: Shape) -> tuple[np.ndarray, np.ndarray] | None:
+    if node.kind in rules.PREPROCESSING:
+        return rules.preprocessing(node, channels)
+    norm = rules.norm(node, shape)
+    return None if norm is None else (norm.scale, norm.shift)
 
 
 def _as_image(shape: Shape) -> Shape:
