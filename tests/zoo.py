@@ -76,6 +76,9 @@ def randomise_weights(layer: keras.Layer, rng: np.random.Generator) -> None:
     if isinstance(layer, layers.BatchNormalization):
         randomise_norm(layer, rng)
         return
+    if isinstance(layer, layers.Normalization):
+        randomise_adapted(layer, rng)
+        return
     for weight in layer.weights:
         if "seed" in weight.path:
             continue
@@ -100,6 +103,17 @@ def randomise_norm(layer: layers.BatchNormalization, rng: np.random.Generator) -
         layer.gamma.assign(sign * rng.uniform(0.6, 1.4, size=n) * np.sqrt(variance + layer.epsilon))
     if layer.center:
         layer.beta.assign(rng.normal(size=n) * 0.4)
+
+
+def randomise_adapted(layer: layers.Normalization, rng: np.random.Generator) -> None:
+    """Statistics as `adapt` would find them; a layer that was given its statistics has no weights."""
+    for weight in layer.weights:
+        n = tuple(weight.shape)
+        if "variance" in weight.name:
+            weight.assign(np.exp(rng.uniform(np.log(1e-2), np.log(3.0), size=n)))
+        elif "mean" in weight.name:
+            weight.assign(rng.normal(size=n) * 0.4)
+    layer.finalize_state()
 
 
 # Pieces

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     )
     from updp_tf.expansions import register_expansion
     from updp_tf.forms import register_form
-    from updp_tf.isomorphic.couplings import Coupling, per_channel, register_coupling
+    from updp_tf.isomorphic.coupling import Coupling, per_channel
+    from updp_tf.isomorphic.couplings import register_coupling
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
@@ -48,8 +49,8 @@ _MODULE_BY_NAME = {
     "UpdpError": "errors",
     "register_expansion": "expansions",
     "register_form": "forms",
-    "Coupling": "isomorphic.couplings",
-    "per_channel": "isomorphic.couplings",
+    "Coupling": "isomorphic.coupling",
+    "per_channel": "isomorphic.coupling",
     "register_coupling": "isomorphic.couplings",
     "fold_norms": "mending",
     "reestimate_norms": "mending",

@@ -78,6 +78,10 @@ class Target(StrEnum):
 
 KerasFile = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A trained model, as `model.save` writes it.")]
 KerasOutput = Annotated[Path, typer.Option("-o", "--output", metavar="OUT.keras", help="Where the new model goes.")]
+Int8File = Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="As `export --quantize int8` writes it.")]
+CompiledOutput = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the compiled file goes.")
+]
 Images = Annotated[
     str | None,
     typer.Option(
@@ -325,14 +329,12 @@ def evaluate(
 
 @app.command()
 def edgetpu(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="As `export --quantize int8` writes it.")],
+    model: Int8File,
     compile_too: Annotated[
         bool,
         typer.Option("--compile", help="Run the vendor's compiler (x86-64 Linux) instead of checking by its rules."),
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the compiled file goes.")
-    ] = None,
+    output: CompiledOutput = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
@@ -353,11 +355,9 @@ def edgetpu(
 
 @app.command()
 def ethosu(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="As `export --quantize int8` writes it.")],
+    model: Int8File,
     accelerator: Annotated[str, typer.Option(help="The NPU and its number of multipliers.")] = "ethos-u55-256",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT.tflite", help="Where the compiled file goes.")
-    ] = None,
+    output: CompiledOutput = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,

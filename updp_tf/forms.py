@@ -14,8 +14,10 @@ import numpy as np
 from updp_tf import affine
 from updp_tf.affine import AffineConv, Padding
 from updp_tf.errors import FormError, ShapeError
-from updp_tf.fit import Centred, Samples, Window, weights_in
+from updp_tf.moments import Centred
+from updp_tf.samples import Samples
 from updp_tf.structure import Block, Cost, LayerSpec, Refusal
+from updp_tf.windows import Window, weights_in
 
 SkipMode = Literal["kept", "folded"]
 Evidence = Literal["moments", "samples"]

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from updp_tf.blocks import find_blocks_in, prepared_graph
+from updp_tf.console import shown
 from updp_tf.errors import ModelError
 from updp_tf.folding import fold_norms_in
-from updp_tf.graph import build_model, clone_layer, read_graph
+from updp_tf.graph import build_model, read_graph
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.refitting import refit_closing_layer
 from updp_tf.structure import ModelGraph, Node
-from updp_tf.walking import Progress, Walk, one_blas_thread, units
+from updp_tf.walking import Walk, one_blas_thread, units
 
 
 def fold_norms(model: Any) -> Any:
@@ -34,7 +35,7 @@ def reestimate_norms(
     data: Any,
     *,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
-    progress: Progress | None = None,
+    verbose: bool = True,
 ) -> Any:
     """Return the model with the exact statistics of `data` in every BatchNormalization.
 
@@ -45,34 +46,22 @@ def reestimate_norms(
         model: a Functional or Sequential Keras 3 model; it is not changed.
         data: images as the model reads them: an array or an iterable of batches.
         memory_bytes: activations beyond this go to disk.
-        progress: called after each part of the network.
+        verbose: show progress on standard error.
     """
     graph = read_graph(model)
-    own = _own_norms(graph)
-    with Memory(memory_bytes) as memory, one_blas_thread():
+    own: dict[str, Node] = {}
+    with Memory(memory_bytes) as memory, one_blas_thread(), shown(verbose) as progress:
         walk = Walk(graph, data, memory)
         parts = units(graph, find_blocks_in(graph))
         tensors = walk.start()
         for index, part in enumerate(parts):
-            nodes = [own.get(name, graph.by_name[name]) for name in part.nodes]
-            norms = [node for node in nodes if node.name in own]
-            walk.reestimate_norms(norms, nodes, part.reads, tensors)
+            nodes = walk.renew_norms([graph.by_name[name] for name in part.nodes], part.reads, tensors)
+            own |= {node.name: node for node in nodes}
             tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
             walk.release(parts[index + 1 :], tensors)
             if progress is not None:
                 progress(index + 1, len(parts), f"renew norms {part.name}")
     return build_model(replace(graph, nodes=tuple(own.get(node.name, node) for node in graph)))
-
-
-def _own_norms(graph: ModelGraph) -> dict[str, Node]:
-    """Copies of the norms that are called once, so that the model's own are not changed."""
-    return {
-        node.name: replace(
-            node, layer=clone_layer(node.layer, node.layer.name, input_shape=graph.shape(node.inputs[0]))
-        )
-        for node in graph
-        if node.kind == "BatchNormalization" and node.name in graph.called_once
-    }
 
 
 def refit(
@@ -82,7 +71,7 @@ def refit(
     *,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
-    progress: Progress | None = None,
+    verbose: bool = True,
 ) -> Any:
     """Return the student with the closing layers of its blocks refitted to the teacher's block outputs.
 
@@ -95,7 +84,7 @@ def refit(
         calibration: images as both read them.
         seed: of the sampled positions.
         memory_bytes: activations of each beyond this go to disk.
-        progress: called after each part of the network.
+        verbose: show progress on standard error.
 
     Raises:
         ModelError: the two have no block in common.
@@ -113,7 +102,12 @@ def refit(
             f"'{student.name}' and '{teacher.name}' have no block of the same name and shape; nothing to refit."
         )
     own: dict[str, Node] = {}
-    with Memory(memory_bytes) as memory, Memory(memory_bytes) as wanted_memory:
+    with (
+        Memory(memory_bytes) as memory,
+        Memory(memory_bytes) as wanted_memory,
+        one_blas_thread(),
+        shown(verbose) as progress,
+    ):
         wanted = _block_outputs(graphs["teacher"], [wanted_blocks[b.name] for b in common], calibration, wanted_memory)
         graph = graphs["student"]
         walk = Walk(graph, calibration, memory)

@@ -18,12 +18,12 @@ from updp_tf import affine
 from updp_tf.affine import AffineConv
 from updp_tf.blocks import Blocks, read_stages
 from updp_tf.errors import MergeError
-from updp_tf.fit import RIDGE
 from updp_tf.forms import Fitted, SkipMode, cost_of_fitted, form_by_name, layer_specs, scale_spec
-from updp_tf.graph import build_model, clone_layer, run_nodes
+from updp_tf.graph import build_model, run_nodes
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.refitting import refit_closing_layer
 from updp_tf.scoring import Sampler, fit_forms, warn_if_short
+from updp_tf.solving import RIDGE
 from updp_tf.structure import Block, LayerSpec, ModelGraph, Node, Ref, Shape, as_images, map_refs
 from updp_tf.walking import Progress, Tensors, Unit, Walk, as_float32, one_blas_thread, units
 
@@ -201,9 +201,9 @@ class _Sequence:
                 teacher |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, teacher)
             student |= {ref: teacher[ref] for ref in part.writes}
             return
-        nodes = [self._own_norms(self.graph.by_name[name]) for name in part.nodes]
+        nodes = [self.graph.by_name[name] for name in part.nodes]
         if self.reestimate:
-            walk.reestimate_norms([node for node in nodes if self._is_own_norm(node)], nodes, part.reads, student)
+            nodes = walk.renew_norms(nodes, part.reads, student)
         if self.refit and part.block is not None:
             nodes = self._refit(walk, part, part.block, nodes, teacher, student)
         self.own |= {node.name: node for node in nodes}
@@ -237,16 +237,6 @@ class _Sequence:
             student[block.exit] = student[block.entry]
         else:
             student |= walk.run(edit.nodes, part.reads, {block.exit: edit.exit}, student)
-
-    def _own_norms(self, node: Node) -> Node:
-        """The student's own copy of a norm, so that its statistics can change."""
-        if not self._is_own_norm(node):
-            return node
-        layer = clone_layer(node.layer, node.layer.name, input_shape=self.graph.shape(node.inputs[0]))
-        return replace(node, layer=layer)
-
-    def _is_own_norm(self, node: Node) -> bool:
-        return node.kind == "BatchNormalization" and node.name in self.graph.called_once
 
     def _refit(
         self, walk: Walk, part: Unit, block: Block, nodes: list[Node], teacher: Tensors, student: Tensors

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from updp_tf.blocks import find_blocks_in, network_cost, prepared_graph
+from updp_tf.console import shown
 from updp_tf.cost import Budget, readable
 from updp_tf.errors import BudgetError, ModelError
-from updp_tf.graph import build_model, clone_layer, read_graph
+from updp_tf.graph import build_model, read_graph
 from updp_tf.isomorphic.cutting import cut_units, kept_of, resized_graph
 from updp_tf.isomorphic.dependency import Dependencies, Group, find_dependencies
 from updp_tf.isomorphic.gradients import gradient_statistics
@@ -100,7 +101,7 @@ def narrow(
     refit: bool = True,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
-    progress: Progress | None = None,
+    verbose: bool = True,
 ) -> Any:
     """Return a narrower Keras model: the same layers with fewer channels, and the kept slices of their weights.
 
@@ -123,7 +124,7 @@ def narrow(
         refit: refit closing layers to the calibration images; False only renews norms.
         seed: of `random`, and of sampled positions.
         memory_bytes: activations beyond this go to disk.
-        progress: called after each part of the network.
+        verbose: show progress on standard error.
 
     Returns:
         A Keras model; `model.narrowing` is its `NarrowingReport`, which is not saved with it.
@@ -167,9 +168,10 @@ def narrow(
         graph = cut_units(dependencies, cut)
     refitted: dict[str, float] = {}
     if images is not None:
-        graph, refitted = _mended(
-            original, graph, kept, images, refit=refit, seed=seed, memory_bytes=memory_bytes, progress=progress
-        )
+        with shown(verbose) as progress:
+            graph, refitted = _mended(
+                original, graph, kept, images, refit=refit, seed=seed, memory_bytes=memory_bytes, progress=progress
+            )
     narrowed = build_model(graph)
     narrowed.narrowing = NarrowingReport(
         last_ratio,
@@ -310,9 +312,7 @@ def _mended(
             reads = [original.by_name[name] for name in part.nodes]
             if refit:
                 teacher |= teacher_walk.run(reads, part.reads, {ref: ref for ref in part.writes}, teacher)
-            nodes = [_own_norm(narrowed, narrowed.by_name[name]) for name in part.nodes]
-            norms = [node for node in nodes if _is_own_norm(narrowed, node)]
-            student_walk.reestimate_norms(norms, nodes, part.reads, student)
+            nodes = student_walk.renew_norms([narrowed.by_name[name] for name in part.nodes], part.reads, student)
             if refit and part.block is not None:
                 found = _refitted(student_walk, part.block, nodes, part, teacher, student, kept, seed)
                 if found is not None:
@@ -341,14 +341,3 @@ def _refitted(
     if len(here) < wanted.shape[-1]:
         wanted = wanted[..., here]
     return refit_closing_layer(walk, block, nodes, part.reads, wanted, student, seed=seed)
-
-
-def _is_own_norm(graph: ModelGraph, node: Node) -> bool:
-    return node.kind == "BatchNormalization" and node.name in graph.called_once
-
-
-def _own_norm(graph: ModelGraph, node: Node) -> Node:
-    """A copy of a norm, so that its statistics can change: the layer may be the user's own."""
-    if not _is_own_norm(graph, node):
-        return node
-    return replace(node, layer=clone_layer(node.layer, node.layer.name, input_shape=graph.shape(node.inputs[0])))

@@ -17,7 +17,6 @@ from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared
 from updp_tf.console import shown
 from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, PlanError
-from updp_tf.fit import RIDGE
 from updp_tf.forms import Fitted, Form, all_forms, fitted_from_arrays, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
@@ -26,6 +25,7 @@ from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport
 from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
+from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, Refusal, block_name
 from updp_tf.walking import Progress, default_batch_size
 

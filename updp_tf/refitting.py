@@ -15,11 +15,13 @@ import numpy as np
 
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv
-from updp_tf.fit import Centred, Moments, Samples, Window
 from updp_tf.graph import clone_layer, copy_variables
+from updp_tf.moments import Centred, Moments
+from updp_tf.samples import Samples
 from updp_tf.scoring import Sampler, add_batch
 from updp_tf.structure import Block, Node, Ref, Shape
 from updp_tf.walking import Tensors, Walk
+from updp_tf.windows import Window
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths that are tried, in mean eigenvalues of the Gram matrix; none at all is tried as well."""

@@ -11,7 +11,7 @@ what the layer does, when a model with one is read for the first time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from updp_tf import _keras, affine
 from updp_tf.activations import Activation, OwnActivation, make_activation
 from updp_tf.affine import AffineConv
 from updp_tf.errors import RuleError, ShapeError
-from updp_tf.structure import Node, Shape, map_refs
+from updp_tf.structure import Node, Ref, Shape, map_refs
 
 
 class Unsupported(Exception):
@@ -370,7 +370,9 @@ def register_linear(layer_type: type, rule: LinearRule) -> None:
     kind = _new_kind(layer_type, rule, n_arguments=2)
     _own[kind] = rule_name(rule)
     LINEAR[kind] = rule
-    MACS[kind] = lambda layer, read, written: sum(one.kernel.size for one in rule(layer, read)) * _positions(written)
+    MACS[kind] = lambda node, read: (
+        sum(one.kernel.size for one in rule(node.layer, read[0])) * _positions(node.shapes[0])
+    )
 
 
 def register_activation(target: Any, rule: ActivationRule) -> None:
@@ -532,44 +534,90 @@ def macs(node: Node, input_shapes: tuple[Shape, ...]) -> int:
     Dynamic axes count as 1.
     """
     rule = MACS.get(node.kind)
-    return 0 if rule is None else rule(node.layer, input_shapes[0], node.shapes[0])
+    return 0 if rule is None else rule(node, input_shapes)
+
+
+def _size(axes: Iterable[int | None]) -> int:
+    return int(np.prod([axis or 1 for axis in axes], dtype=np.int64))
 
 
 def _positions(shape: Shape) -> int:
-    return int(np.prod([axis or 1 for axis in shape[1:-1]], dtype=np.int64))
+    return _size(shape[1:-1])
 
 
-def _weight_macs(layer: Any, read: Shape, written: Shape) -> int:
-    return int(np.prod(layer.kernel.shape)) * _positions(written)
+def _weight_macs(node: Node, read: Sequence[Shape]) -> int:
+    return _size(node.layer.kernel.shape) * _positions(node.shapes[0])
 
 
-def _separable_macs(layer: Any, read: Shape, written: Shape) -> int:
-    weights = int(np.prod(layer.depthwise_kernel.shape)) + int(np.prod(layer.pointwise_kernel.shape))
-    return weights * _positions(written)
+def _separable_macs(node: Node, read: Sequence[Shape]) -> int:
+    weights = _size(node.layer.depthwise_kernel.shape) + _size(node.layer.pointwise_kernel.shape)
+    return weights * _positions(node.shapes[0])
 
 
-def _transpose_macs(layer: Any, read: Shape, written: Shape) -> int:
-    return int(np.prod(layer.kernel.shape)) * _positions(read)
+def _transpose_macs(node: Node, read: Sequence[Shape]) -> int:
+    return _size(node.layer.kernel.shape) * _positions(read[0])
 
 
-def _matmul_macs(layer: Any, read: Shape, written: Shape) -> int:
-    return int(np.prod([axis or 1 for axis in written[1:]], dtype=np.int64)) * int(read[-1] or 1)
+def _matmul_macs(node: Node, read: Sequence[Shape]) -> int:
+    return _size(node.shapes[0][1:]) * int(read[0][-1] or 1)
 
 
-def _attention_macs(layer: Any, read: Shape, written: Shape) -> int:
-    tokens = _positions(written)
-    projections = sum(int(np.prod(w.shape)) for w in layer.weights if len(w.shape) == 3) * tokens
+def _einsum_dense_macs(node: Node, read: Sequence[Shape]) -> int:
+    return _combinations(node.layer.equation, (read[0], tuple(node.layer.kernel.shape)))
+
+
+def _einsum_macs(node: Node, read: Sequence[Shape]) -> int:
+    shapes = dict(zip(node.inputs, read, strict=True))
+    operands = [shapes[one] if isinstance(one, Ref) else tuple(np.shape(one)) for one in node.args]
+    return _combinations(node.layer.subscripts, operands)
+
+
+def _combinations(equation: str, shapes: Sequence[Shape]) -> int:
+    """How often an einsum multiplies: once for every combination of its indices, but for the batch's."""
+    operands, _ = einsum_letters(equation, [len(shape) for shape in shapes])
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(operands, shapes, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(size or 1, sizes.get(letter, 1))
+    sizes.pop(operands[0][0])
+    return _size(sizes.values())
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Return the letters of every operand's axes and of the result's, an ellipsis written out in capitals."""
+    reads, arrow, written = equation.replace(" ", "").partition("->")
+    operands = reads.split(",")
+    if not arrow:
+        letters = reads.replace("...", "").replace(",", "")
+        written = "..." * ("..." in reads) + "".join(sorted(one for one in letters if letters.count(one) == 1))
+    n_more = [rank - len(one.replace("...", "")) for one, rank in zip(operands, ranks, strict=True)]
+    more = "ABCDEFGH"[: max(n_more)]
+    # the axes of an ellipsis broadcast from the last one on
+    written_out = [one.replace("...", more[len(more) - n :]) for one, n in zip(operands, n_more, strict=True)]
+    return written_out, written.replace("...", more)
+
+
+def _attention_macs(node: Node, read: Sequence[Shape]) -> int:
+    """Projections of queries and of keys, then a score and a share of the value for each pair of them."""
+    layer = node.layer
+    queries, keys = _positions(read[0]), _positions(read[min(1, len(read) - 1)])
+    by_query = _size(layer.query_dense.kernel.shape) + _size(layer.output_dense.kernel.shape)
+    by_key = _size(layer.key_dense.kernel.shape) + _size(layer.value_dense.kernel.shape)
     head_dims = int(layer.key_dim) + int(layer.value_dim)
-    return projections + int(layer.num_heads) * head_dims * tokens * tokens
+    return by_query * queries + by_key * keys + int(layer.num_heads) * head_dims * queries * keys
 
 
-MACS: dict[str, Callable[[Any, Shape, Shape], int]] = {
+MACS: dict[str, Callable[[Node, Sequence[Shape]], int]] = {
+    "Conv1D": _weight_macs,
     "Conv2D": _weight_macs,
-    "DepthwiseConv2D": _weight_macs,
-    "SeparableConv2D": _separable_macs,
     "Conv2DTranspose": _transpose_macs,
     "Dense": _weight_macs,
-    "EinsumDense": _weight_macs,
+    "DepthwiseConv1D": _weight_macs,
+    "DepthwiseConv2D": _weight_macs,
+    "Einsum": _einsum_macs,
+    "EinsumDense": _einsum_dense_macs,
     "Matmul": _matmul_macs,
     "MultiHeadAttention": _attention_macs,
+    "SeparableConv1D": _separable_macs,
+    "SeparableConv2D": _separable_macs,
 }

@@ -12,17 +12,6 @@ import numpy as np
 from updp_tf.blocks import Blocks, read_stages
 from updp_tf.cost import is_dearer
 from updp_tf.errors import CalibrationError, UpdpError
-from updp_tf.fit import (
-    MAX_DENSE_UNKNOWNS,
-    POSITIONS_PER_UNKNOWN,
-    RIDGE,
-    Centred,
-    Moments,
-    Samples,
-    Window,
-    gaussian_start,
-    identity_start,
-)
 from updp_tf.forms import (
     Evidence,
     Fitted,
@@ -34,14 +23,22 @@ from updp_tf.forms import (
     explains_all_of,
 )
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
+from updp_tf.moments import MAX_DENSE_UNKNOWNS, Centred, Moments
+from updp_tf.samples import Samples
+from updp_tf.solving import RIDGE
+from updp_tf.starts import gaussian_start, identity_start
 from updp_tf.structure import Block, Candidate, ModelGraph, Ref, Refusal, as_images
 from updp_tf.walking import Progress, Walk, one_blas_thread, units
+from updp_tf.windows import Window, draw
 
 HOLD_OUT_EVERY = 10
 """Each tenth calibration image is kept from the fits, to tell R^2 and to choose strengths."""
 
+POSITIONS_PER_UNKNOWN = 100
+"""Sampled output positions per unknown of a fit: more changes nothing, fewer shows."""
+
 SCORING_POSITIONS = 8
-"""Sampled positions per unknown while forms are only compared: ranks need fewer than fits (20)."""
+"""Sampled positions per unknown while forms are only compared: ranks need fewer than fits."""
 
 Start = Literal["least_squares", "gaussian", "identity"]
 
@@ -405,7 +402,8 @@ def add_batch(
     for evidence, mask in zip((seen, unseen), masks, strict=True):
         if mask.any():
             n = sampler.n_positions(seen.n_unknowns, int(mask.sum()))
-            evidence.add(x[mask], y[mask], n_positions=n, rng=rng, special_rows=special_rows)
+            drawn = draw(evidence.window, x[mask], y[mask], n_positions=n, rng=rng, special_rows=special_rows)
+            evidence.add(drawn)
 
 
 def _cut(evidence: Evidences, window: Window) -> Evidences:

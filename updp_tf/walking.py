@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from updp_tf.errors import CalibrationError
 from updp_tf.folding import fold_norms_in
-from updp_tf.graph import n_elements, run_nodes
+from updp_tf.graph import clone_layer, n_elements, run_nodes
 from updp_tf.memory import Memory, calibration_images
 from updp_tf.structure import Block, ModelGraph, Node, Ref, Shape
 
@@ -152,27 +152,24 @@ class Walk:
             run_nodes(part_graph, values)
             yield part, [as_float32(values[ref]) for ref in part_graph.outputs]
 
-    def reestimate_norms(
-        self,
-        norms: Sequence[Node],
-        nodes: Sequence[Node],
-        reads: Sequence[Ref],
-        tensors: Mapping[Ref, np.ndarray],
-    ) -> None:
-        """Give each BatchNormalization of a unit the exact mean and variance of its input, in order.
+    def renew_norms(self, nodes: Sequence[Node], reads: Sequence[Ref], tensors: Mapping[Ref, np.ndarray]) -> list[Node]:
+        """Return a unit's calls with the exact mean and variance of its input in each BatchNormalization, in order.
 
-        Everything before it runs in inference mode with its own statistics renewed.
+        Everything before a norm runs in inference mode with its own statistics renewed. A norm that is called more
+        than once keeps its statistics: it reads several distributions. The layers that change are copies.
 
         Args:
-            norms: the calls to renew, in order; their layers are changed, so they have to be the caller's own.
-            nodes: all calls of the unit, those among them.
+            nodes: all calls of the unit.
             reads: tensors that the unit reads.
             tensors: what was written before.
         """
-        for node in norms:
+        renewed = [self._with_own_norm(node) for node in nodes]
+        for node, old in zip(renewed, nodes, strict=True):
+            if node is old:
+                continue
             axes = tuple(axis for axis in range(len(node.shapes[0])) if axis != node.layer.axis % len(node.shapes[0]))
             n, mean, spread = 0, 0.0, 0.0
-            for _, (batch,) in self.stream(nodes, reads, node.inputs, tensors):
+            for _, (batch,) in self.stream(renewed, reads, node.inputs, tensors):
                 # Chan's merging of means and sums of squares: exact, with no cancellation.
                 count = batch.size // batch.shape[node.layer.axis]
                 batch_mean = batch.mean(axis=axes, dtype=np.float64)
@@ -183,6 +180,14 @@ class Walk:
                 n += count
             node.layer.moving_mean.assign(mean)
             node.layer.moving_variance.assign(spread / n)
+        return renewed
+
+    def _with_own_norm(self, node: Node) -> Node:
+        """Return a call with a copy of its norm, or the call itself where nothing of it is renewed."""
+        if node.kind != "BatchNormalization" or node.name not in self.graph.called_once:
+            return node
+        layer = clone_layer(node.layer, node.layer.name, input_shape=self.graph.shape(node.inputs[0]))
+        return replace(node, layer=layer)
 
     def _folded(self, nodes: Sequence[Node], reads: Sequence[Ref], writes: Sequence[Ref]) -> ModelGraph:
         """Return calls as a graph of their own with norms folded: eager norms cost as much as the convolutions."""

@@ -15,7 +15,6 @@ from tests.strategies import random_map
 from updp_tf import affine
 from updp_tf.affine import AffineConv
 from updp_tf.blocks import Blocks, find_blocks
-from updp_tf.fit import Moments, Samples
 from updp_tf.forms import (
     ConvForm,
     Form,
@@ -29,7 +28,10 @@ from updp_tf.forms import (
 )
 from updp_tf.graph import run_nodes
 from updp_tf.merging import build_edit
+from updp_tf.moments import Moments
+from updp_tf.samples import Samples
 from updp_tf.structure import Block, Cost, Refusal, as_images
+from updp_tf.windows import draw
 
 FORMS = {form.name: form for form in all_forms()}
 MODELS = (
@@ -60,7 +62,7 @@ def evidence_for(form: Form, block: Block, x: np.ndarray, y: np.ndarray):
         return None
     empty = Samples.empty(window, x.shape[-1], y.shape[-1])
     seen = empty if form.evidence == "samples" else Moments(window, x.shape[-1], y.shape[-1])
-    seen.add(as_images(x), as_images(y), n_positions=10**9, rng=np.random.default_rng(0))
+    seen.add(draw(seen.window, as_images(x), as_images(y), n_positions=10**9, rng=np.random.default_rng(0)))
     return seen.centred() if isinstance(seen, Moments) else seen
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from keras import layers, ops
 
 from tests import zoo
-from updp_tf.isomorphic.couplings import per_channel, register_coupling
+from updp_tf.isomorphic.coupling import per_channel
+from updp_tf.isomorphic.couplings import register_coupling
 
 ZOO: dict[str, Callable[[], keras.Model]] = {}
 

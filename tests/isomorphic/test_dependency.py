@@ -11,7 +11,8 @@ from tests.isomorphic import narrow_zoo
 from tests.isomorphic.oracle import check_against_oracle, cut_at
 from updp_tf.errors import RuleError
 from updp_tf.graph import read_graph
-from updp_tf.isomorphic.couplings import ELEMENTWISE, register_coupling
+from updp_tf.isomorphic.coupling import ELEMENTWISE
+from updp_tf.isomorphic.couplings import register_coupling
 from updp_tf.isomorphic.dependency import find_dependencies
 
 

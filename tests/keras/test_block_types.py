@@ -12,7 +12,7 @@ from keras import layers
 
 from tests import zoo
 from tests.pure.test_fit import augmented
-from updp_tf import fit, scoring
+from updp_tf import moments, scoring
 from updp_tf.affine import Geometry
 from updp_tf.blocks import Blocks, find_blocks
 from updp_tf.errors import BudgetError, ModelError
@@ -491,7 +491,7 @@ def test_a_form_dearer_than_its_block_is_listed_and_not_picked() -> None:
 
 
 def test_the_largest_matrix_is_bounded() -> None:
-    assert 8 * fit.MAX_DENSE_UNKNOWNS**2 <= 2**30
+    assert 8 * moments.MAX_DENSE_UNKNOWNS**2 <= 2**30
 
 
 def test_a_plan_may_hold_spans(tmp_path) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from updp_tf import affine
 from updp_tf.blocks import find_blocks, read_stages
-from updp_tf.fit import identity_start
 from updp_tf.forms import ConvForm, Fitted, layer_specs
 from updp_tf.graph import run_nodes
 from updp_tf.merging import build_edit, relative_error
+from updp_tf.starts import identity_start
 from updp_tf.structure import Ref, Refusal
 
 

@@ -20,10 +20,10 @@ from keras import layers
 from tests import zoo
 from updp_tf import affine, rules
 from updp_tf.blocks import Blocks, find_blocks, read_stages
-from updp_tf.fit import identity_start
 from updp_tf.forms import ConvForm, Fitted, layer_specs
 from updp_tf.graph import build_model, read_graph, run_nodes
 from updp_tf.merging import assemble, build_edit, relative_error
+from updp_tf.starts import identity_start
 from updp_tf.structure import Block, Ref
 
 MERGE_TOLERANCE = 1e-4  # float32 sums over composed kernels of up to 11 x 11 taps, relative to the largest output

@@ -19,11 +19,11 @@ from tests.strategies import random_map
 from updp_tf import merging
 from updp_tf.blocks import Blocks, find_blocks, read_stages
 from updp_tf.errors import MergeError
-from updp_tf.fit import identity_start
 from updp_tf.forms import Fitted, all_forms, fold_skip, form_by_name
 from updp_tf.graph import run_nodes
 from updp_tf.memory import Memory
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
+from updp_tf.starts import identity_start
 from updp_tf.structure import Block, Ref, as_images
 from updp_tf.walking import Walk, units
 

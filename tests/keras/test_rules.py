@@ -315,3 +315,72 @@ def test_macs_of_other_layers() -> None:
     attention.build(shape, shape)
     node = Node("n", attention, "MultiHeadAttention", (), {}, (shape,), ("float32",))
     assert rules.macs(node, (shape,)) == 4 * 10 * 8 * 6 + 2 * (2 * 10 * 10 * 3)
+    # 2 x 5 key and value tokens of 7 channels: only the query's and the output's projections see all 10 positions
+    other = (None, 5, 7)
+    attention = layers.MultiHeadAttention(2, 3, value_dim=4)
+    attention.build(shape, other)
+    node = Node("n", attention, "MultiHeadAttention", (), {}, (shape,), ("float32",))
+    assert rules.macs(node, (shape, other)) == 10 * 8 * (6 + 8) + 5 * 7 * (6 + 8) + 2 * 10 * 5 * (3 + 4)
+
+
+class Counted:
+    """A number that counts how often numbers are multiplied."""
+
+    n = 0
+
+    def __mul__(self, other: Counted) -> Counted:
+        Counted.n += 1
+        return self
+
+    def __add__(self, other: Counted) -> Counted:
+        return self
+
+    __radd__ = __add__
+
+
+def multiplications(equation: str, *shapes: tuple[int, ...]) -> int:
+    Counted.n = 0
+    np.einsum(equation, *(np.full(shape, Counted(), dtype=object) for shape in shapes))
+    return Counted.n
+
+
+@pytest.mark.parametrize(
+    ("equation", "output", "shape"),
+    [
+        ("abc,cde->abde", (None, 2, 3), (4, 5)),  # a query's projection: heads and their dimensions are the kernel's
+        ("abde,dec->abc", (None, 7), (4, 2, 3)),
+        ("abc,cd->abd", (None, 6), (4, 5)),
+        ("...x,xy->...y", 6, (2, 4, 5)),
+        ("abc,bd->adc", (6, None), (4, 5)),  # mixes tokens
+        ("abcd,bd->abc", (3, None), (3, 4, 5)),
+    ],
+)
+def test_macs_of_einsum_are_its_multiplications(equation: str, output, shape: tuple[int, ...]) -> None:
+    layer = layers.EinsumDense(equation, output)
+    model = keras.Sequential([keras.Input(shape), layer])
+    node = read_graph(model).nodes[-1]
+    want = multiplications(equation, (1, *shape), tuple(layer.kernel.shape))
+    assert rules.macs(node, ((None, *shape),)) == want > 0
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("aecd,abcd->acbe", ((4, 2, 3), (5, 2, 3))),
+        ("acbe,aecd->abcd", ((2, 3, 4), (4, 2, 6))),
+        ("...ij,...jk->...ik", ((2, 3, 4), (2, 4, 5))),
+        ("abc,acd", ((3, 4), (4, 5))),
+    ],
+)
+def test_macs_of_einsum_operations(equation: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    inputs = [keras.Input(shape) for shape in shapes]
+    node = read_graph(keras.Model(inputs, keras.ops.einsum(equation, *inputs))).nodes[-1]
+    want = multiplications(equation, *((1, *shape) for shape in shapes))
+    assert rules.macs(node, tuple((None, *shape) for shape in shapes)) == want
+
+
+def test_macs_of_einsum_with_a_constant() -> None:
+    source = keras.Input((3, 4))
+    constant = np.ones((5, 2, 3), "float32")  # the ellipsis has one axis less
+    node = read_graph(keras.Model(source, keras.ops.einsum("...ij,kli->...kl", source, constant))).nodes[-1]
+    assert rules.macs(node, ((None, 3, 4),)) == multiplications("...ij,kli->...kl", (1, 3, 4), (5, 2, 3))

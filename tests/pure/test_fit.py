@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from tests.strategies import random_map
-from updp_tf import affine, fit
+from updp_tf import affine, starts, windows
+from updp_tf import samples as samples_module
 from updp_tf.activations import Activation
 from updp_tf.affine import AffineConv
 from updp_tf.errors import CalibrationError, ShapeError
-from updp_tf.fit import Centred, Moments, Samples, Window, gaussian_start, identity_start, sample_patches
+from updp_tf.moments import Centred, Moments
+from updp_tf.samples import Samples
+from updp_tf.starts import gaussian_start, identity_start
 from updp_tf.structure import Stage
+from updp_tf.windows import Window, draw
 
 EVERY = 10**9
 GEOMETRIES = {
@@ -45,7 +49,7 @@ def flat(window: Window, x: np.ndarray) -> np.ndarray:
 
 def moments_of(window: Window, x: np.ndarray, y: np.ndarray, *, n_positions: int = EVERY, seed: int = 0) -> Moments:
     moments = Moments(window, x.shape[-1], y.shape[-1])
-    moments.add(x, y, n_positions=n_positions, rng=np.random.default_rng(seed))
+    moments.add(draw(moments.window, x, y, n_positions=n_positions, rng=np.random.default_rng(seed)))
     return moments
 
 
@@ -102,9 +106,9 @@ def test_windows_inside_windows() -> None:
 @pytest.mark.parametrize("window", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_patches_are_the_windows_pixels(window: Window) -> None:
     x, y = curved(window)
-    patches, outputs = sample_patches(window, x, y, EVERY, np.random.default_rng(0))
-    np.testing.assert_array_equal(patches.reshape(len(patches), -1), flat(window, x))
-    np.testing.assert_array_equal(outputs, y.reshape(-1, y.shape[-1]))
+    drawn = draw(window, x, y, n_positions=EVERY, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(drawn.patches().reshape(drawn.n, -1), flat(window, x))
+    np.testing.assert_array_equal(drawn.outputs, y.reshape(-1, y.shape[-1]))
 
 
 def test_sampled_patches_belong_to_their_outputs() -> None:
@@ -114,17 +118,17 @@ def test_sampled_patches_belong_to_their_outputs() -> None:
     kernel, bias = (lambda one: (one.kernel.reshape(-1, 2), one.bias))(
         in_window(window, np.random.default_rng(5), 3, 2)
     )
-    patches, outputs = sample_patches(window, x, y, 50, np.random.default_rng(1))
-    assert len(patches) == 50 and len(np.unique(outputs[:, 0])) == 50
-    np.testing.assert_allclose(patches.reshape(50, -1) @ kernel + bias, outputs, rtol=1e-12)
-    again, _ = sample_patches(window, x, y, 50, np.random.default_rng(1))
-    np.testing.assert_array_equal(patches, again)
+    drawn = draw(window, x, y, n_positions=50, rng=np.random.default_rng(1))
+    assert drawn.n == 50 and len(np.unique(drawn.outputs[:, 0])) == 50
+    np.testing.assert_allclose(drawn.patches().reshape(50, -1) @ kernel + bias, drawn.outputs, rtol=1e-12)
+    again = draw(window, x, y, n_positions=50, rng=np.random.default_rng(1))
+    np.testing.assert_array_equal(drawn.patches(), again.patches())
 
 
 def test_an_output_of_another_size_is_refused() -> None:
     x = np.zeros((1, 8, 8, 2))
     with pytest.raises(ShapeError, match=r"gives outputs of size \(8, 8\), the block writes \(7, 8\)"):
-        sample_patches(GEOMETRIES["3x3 same"], x, np.zeros((1, 7, 8, 2)), 5, np.random.default_rng(0))
+        draw(GEOMETRIES["3x3 same"], x, np.zeros((1, 7, 8, 2)), n_positions=5, rng=np.random.default_rng(0))
 
 
 # Least squares
@@ -294,7 +298,7 @@ def test_order_and_cut_of_batches_do_not_matter() -> None:
         start = 0
         for n in cuts:
             chosen = order[start : start + n]
-            parts.add(x[chosen], y[chosen], n_positions=EVERY, rng=rng)
+            parts.add(draw(parts.window, x[chosen], y[chosen], n_positions=EVERY, rng=rng))
             start += n
         centred = parts.centred()
         for name in ("gram", "cross", "mean_x", "mean_y", "variance_y"):
@@ -306,7 +310,7 @@ def test_size_of_moments_does_not_depend_on_the_number_of_images() -> None:
     x, y = curved(window)
     moments = moments_of(window, x, y)
     sizes = [getattr(moments, name).shape for name in ("gram", "cross", "sum_x", "sum_y", "sum_yy")]
-    moments.add(x, y, n_positions=EVERY, rng=np.random.default_rng(0))
+    moments.add(draw(moments.window, x, y, n_positions=EVERY, rng=np.random.default_rng(0)))
     assert moments.n == 2 * 6 * 9 * 10
     assert sizes == [(27, 27), (27, 4), (27,), (4,), (4,)]
     assert sizes == [getattr(moments, name).shape for name in ("gram", "cross", "sum_x", "sum_y", "sum_yy")]
@@ -325,7 +329,7 @@ def samples_of(window: Window, x: np.ndarray, y: np.ndarray, n_positions: int = 
     samples = Samples.empty(window, x.shape[-1], y.shape[-1])
     half = len(x) // 2
     for part in (slice(0, half), slice(half, None)):
-        samples.add(x[part], y[part], n_positions=n_positions, rng=np.random.default_rng(0))
+        samples.add(draw(samples.window, x[part], y[part], n_positions=n_positions, rng=np.random.default_rng(0)))
     return samples
 
 
@@ -472,11 +476,11 @@ def test_a_grouped_reader_weighs_the_channels_it_reads() -> None:
     rng = np.random.default_rng(0)
     depthwise = affine.from_depthwise(rng.normal(size=(3, 3, 4, 2)), np.zeros(8))
     np.testing.assert_allclose(
-        fit._read_energy(depthwise), np.square(affine.regroup(depthwise, 1).kernel).sum(axis=(0, 1, 3))
+        starts._read_energy(depthwise), np.square(affine.regroup(depthwise, 1).kernel).sum(axis=(0, 1, 3))
     )
     grouped = random_map(rng, 3, 6, 4, groups=2)
     np.testing.assert_allclose(
-        fit._read_energy(grouped), np.square(affine.regroup(grouped, 1).kernel).sum(axis=(0, 1, 3))
+        starts._read_energy(grouped), np.square(affine.regroup(grouped, 1).kernel).sum(axis=(0, 1, 3))
     )
 
 
@@ -599,23 +603,23 @@ def test_the_pointwise_half_of_a_separable_fit_is_least_squares(name: str) -> No
 
 def test_whole_images_and_patches_are_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where patches would be larger than the images they are cut from, the images are kept."""
-    monkeypatch.setattr(fit, "BYTES_IN_CACHE", 1)  # one image at a time
-    monkeypatch.setattr(fit, "BYTES_AT_ONCE", 4 * 7 * 9 * 3)  # seven patches at a time
+    monkeypatch.setattr(samples_module, "BYTES_IN_CACHE", 1)  # one image at a time
+    monkeypatch.setattr(windows, "BYTES_AT_ONCE", 4 * 7 * 9 * 3)  # seven patches at a time
     rng = np.random.default_rng(0)
     for window in (GEOMETRIES["3x3 same"], GEOMETRIES["stride 2, padded at one side"]):
         x, y = curved(window)
         few, many = Samples.empty(window, 3, 4), Samples.empty(window, 3, 4)
         for part in (slice(0, 4), slice(4, 6)):
-            few.add(x[part], y[part], n_positions=9, rng=rng)
-            many.add(x[part], y[part], n_positions=70, rng=np.random.default_rng(part.start))
+            few.add(draw(few.window, x[part], y[part], n_positions=9, rng=rng))
+            many.add(draw(many.window, x[part], y[part], n_positions=70, rng=np.random.default_rng(part.start)))
         assert [part.images is None for part in (*few._parts, *many._parts)] == [True, True, False, False]
         direct = [
-            sample_patches(window, x[part], y[part], 70, np.random.default_rng(part.start))
+            draw(window, x[part], y[part], n_positions=70, rng=np.random.default_rng(part.start))
             for part in (slice(0, 4), slice(4, 6))
         ]
-        patches = np.concatenate([one.reshape(len(one), -1, 3) for one, _ in direct]).astype("float32")
+        patches = np.concatenate([one.patches() for one in direct]).astype("float32")
         np.testing.assert_array_equal(many.patches, patches)
-        np.testing.assert_array_equal(many.outputs, np.concatenate([two for _, two in direct]))
+        np.testing.assert_array_equal(many.outputs, np.concatenate([one.outputs for one in direct]))
         for samples in (few, many):
             kernel, values = rng.normal(size=(window.n_taps, 3)), rng.normal(size=(samples.n, 3))
             patches = samples.patches.astype("float64")
@@ -650,7 +654,8 @@ def test_special_tokens_weigh_as_much_as_all_patches(special: tuple[int, ...]) -
     moments, samples = Moments(window, 4, 3), Samples.empty(window, 4, 3)
     for evidence in (moments, samples):
         for part in (slice(0, 5), slice(5, 12)):
-            evidence.add(x[part], y[part], n_positions=EVERY, rng=np.random.default_rng(0), special_rows=special)
+            options = {"n_positions": EVERY, "rng": np.random.default_rng(0), "special_rows": special}
+            evidence.add(draw(window, x[part], y[part], **options))
     weights = np.ones((12, 17))
     if special:
         weights[:, list(special)] = (17 - len(special)) / len(special)
@@ -675,7 +680,7 @@ def test_one_class_token_is_visible_to_a_weighted_fit_only() -> None:
     errors = []
     for special in ((), (0,)):
         moments = Moments(GEOMETRIES["1x1"], 4, 3)
-        moments.add(x, y, n_positions=2000, rng=np.random.default_rng(0), special_rows=special)
+        moments.add(draw(moments.window, x, y, n_positions=2000, rng=np.random.default_rng(0), special_rows=special))
         centred = moments.centred()
         weights = centred.ridge_regression(ridge=1e-6)
         errors.append(np.square(x[:, 0, 0] @ weights + centred.bias_of(weights) - y[:, 0, 0]).mean())

@@ -12,7 +12,6 @@ from tests.strategies import random_map
 from updp_tf import affine, forms
 from updp_tf.affine import AffineConv, Geometry
 from updp_tf.errors import FormError, ShapeError
-from updp_tf.fit import Moments, Samples, Window
 from updp_tf.forms import (
     ConvForm,
     Fitted,
@@ -31,7 +30,10 @@ from updp_tf.forms import (
     scale_spec,
     window_of_size,
 )
+from updp_tf.moments import Moments
+from updp_tf.samples import Samples
 from updp_tf.structure import Refusal
+from updp_tf.windows import Window, draw
 
 SAME3 = Geometry((3, 3), (1, 1), (1, 1, 1, 1))
 SAME5 = Geometry((5, 5), (1, 1), (2, 2, 2, 2))
@@ -55,7 +57,7 @@ def evidence_for(form, block, x, y):
         seen = Samples.empty(window, x.shape[-1], y.shape[-1])
     else:
         seen = Moments(window, x.shape[-1], y.shape[-1])
-    seen.add(x, y, n_positions=10**9, rng=np.random.default_rng(0))
+    seen.add(draw(seen.window, x, y, n_positions=10**9, rng=np.random.default_rng(0)))
     return seen.centred() if isinstance(seen, Moments) else seen
 
 
@@ -177,7 +179,7 @@ def test_kept_and_folded_skips_are_the_same_fit(kind: str, kernel_size: int) -> 
     # What held-out samples say is what numpy says.
     y2 = output_of((body,), skip, other)
     samples = Samples.empty(window, 4, skip.c_out)
-    samples.add(other, y2, n_positions=10**9, rng=rng)
+    samples.add(draw(samples.window, other, y2, n_positions=10**9, rng=rng))
     residual = np.square(output_of(kept.maps, skip, other) - y2).sum()
     direct = 1 - residual / np.square(y2 - y2.mean(axis=(0, 1, 2))).sum()
     for one in (kept, folded):

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 
 from updp_tf.errors import MergeError
-from updp_tf.isomorphic.couplings import COUPLINGS, Axes, Cut, Resized
+from updp_tf.isomorphic.coupling import Axes, Cut, Resized
+from updp_tf.isomorphic.couplings import COUPLINGS
 from updp_tf.isomorphic.dependency import Dependencies
 from updp_tf.structure import ModelGraph, Node, Ref, Shape, map_refs
 

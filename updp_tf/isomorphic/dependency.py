@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from updp_tf.isomorphic.couplings import COUPLINGS, Axes, NotCovered, Site, variable_index
+from updp_tf.isomorphic.coupling import Axes, NotCovered, Site, variable_index
+from updp_tf.isomorphic.couplings import COUPLINGS
 from updp_tf.isomorphic.units import Labels, Units
 from updp_tf.structure import ModelGraph, Node, Ref, Refusal
 
@@ -205,7 +206,7 @@ class _Source:
 
 @dataclass(eq=False)
 class _Ledger:
-    """What rules have written: `couplings.Ledger` says how they do."""
+    """What rules have written: `coupling.Ledger` says how they do."""
 
     units: Units = field(default_factory=Units)
     sources: list[_Source] = field(default_factory=list)
