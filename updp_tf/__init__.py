@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from updp_tf.affine import AffineConv
     from updp_tf.blocks import Blocks, find_blocks
+    from updp_tf.choosing import Additive, Exact, Random, Uniform
     from updp_tf.errors import (
         BudgetError,
         CalibrationError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         OutputError,
         PlanError,
         RuleError,
+        RunError,
         ShapeError,
         UpdpError,
     )
@@ -31,12 +33,18 @@ if TYPE_CHECKING:
     from updp_tf.pruning import Options, merge, prune, search
     from updp_tf.reporting import PruningReport, summary
     from updp_tf.rules import Unsupported, register_activation, register_linear
+    from updp_tf.runs import RunDir, RunWarning
     from updp_tf.scoring import CalibrationWarning
+    from updp_tf.searching import SearchReport
 
 _MODULE_BY_NAME = {
     "AffineConv": "affine",
     "Blocks": "blocks",
     "find_blocks": "blocks",
+    "Additive": "choosing",
+    "Exact": "choosing",
+    "Random": "choosing",
+    "Uniform": "choosing",
     "BudgetError": "errors",
     "CalibrationError": "errors",
     "FormError": "errors",
@@ -45,6 +53,7 @@ _MODULE_BY_NAME = {
     "OutputError": "errors",
     "PlanError": "errors",
     "RuleError": "errors",
+    "RunError": "errors",
     "ShapeError": "errors",
     "UpdpError": "errors",
     "register_expansion": "expansions",
@@ -67,16 +76,21 @@ _MODULE_BY_NAME = {
     "Unsupported": "rules",
     "register_activation": "rules",
     "register_linear": "rules",
+    "RunDir": "runs",
+    "RunWarning": "runs",
     "CalibrationWarning": "scoring",
+    "SearchReport": "searching",
 }
 
 __all__ = [
+    "Additive",
     "AffineConv",
     "Blocks",
     "BudgetError",
     "CalibrationError",
     "CalibrationWarning",
     "Coupling",
+    "Exact",
     "FormError",
     "MergeError",
     "ModelError",
@@ -86,8 +100,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "PruningReport",
+    "Random",
     "RuleError",
+    "RunDir",
+    "RunError",
+    "RunWarning",
+    "SearchReport",
     "ShapeError",
+    "Uniform",
     "Unsupported",
     "UpdpError",
     "find_blocks",

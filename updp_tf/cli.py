@@ -168,6 +168,9 @@ def prune(
     start: Annotated[
         Start | None, typer.Option(help="Default: least_squares with calibration images, gaussian without.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="How to search: additive, exact (measures the best plans on images), random, uniform.")
+    ] = "additive",
     plan_out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Where the plan goes.")] = None,
     as_json: Json = False,
     force: Force = False,
@@ -193,6 +196,7 @@ def prune(
             max_drop=drops,
             keep=keep or (),
             forms=form or None,
+            method=method,
             options=None if start is None else updp_tf.Options(start=start.value),
         )
         small.save(file)

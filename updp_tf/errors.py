@@ -39,3 +39,7 @@ class MergeError(UpdpError, RuntimeError):
 
 class OutputError(UpdpError, OSError):
     """An output file that exists already or cannot be written."""
+
+
+class RunError(UpdpError, RuntimeError):
+    """A run directory that is in use, or that was made with other arguments."""

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import keras
 import numpy as np
 
-from updp_tf import searching
+from updp_tf.accuracy import DropLimit, agreement_drop, drop_limit, gives_classes, held_out_outputs, smallest_within
 from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared_graph, require_blocks
+from updp_tf.choosing import Measures, Method, choose, method_of
 from updp_tf.console import shown
 from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, PlanError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_from_arrays, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
+from updp_tf.judging import Judge, ScoreFn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport
 from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
+from updp_tf.searching import SearchReport, Solution, Space
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, Refusal, block_name
-from updp_tf.walking import Progress, default_batch_size
+from updp_tf.walking import Progress
 
 DEFAULT_BUDGET = {"macs": 0.8}
 """What `prune(model)` aims at where nothing is asked."""
-
-SEARCH_STEPS = 6
-"""Bisections of `max_drop`: the last one moves the budget by about 1 % of the network."""
-
-ScoreFn = Callable[[Any, Any], float]
-"""(outputs of the original, outputs of the pruned model) -> how much was lost, 0 for nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,7 @@ def prune(
     keep: Iterable[str] = (),
     forms: Sequence[str] | None = None,
     score_fn: ScoreFn | None = None,
+    method: str | Method = "additive",
     options: Options | None = None,
     verbose: bool = True,
 ) -> Any:
@@ -99,6 +96,8 @@ def prune(
         keep: names of blocks never to touch.
         forms: names of the forms to consider; all registered ones where None.
         score_fn: for outputs that are no class scores: (original outputs, pruned outputs) -> loss.
+        method: how to search: `additive` (the smallest sum of scores), `exact` (the best few sums measured together on
+            held-out images, then swaps), `random`, `uniform`, or one of `Exact`, `Random`, ... with its settings.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 
@@ -117,26 +116,28 @@ def prune(
     options, start = _started(options, calibration)
     blocks = find_blocks(model)
     require_blocks(blocks)
-    limit = _drop_limit(model, budget, max_drop, score_fn)
+    limit = drop_limit(model, budget, max_drop, score_fn)
+    way = method_of(method)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
-        if limit is not None:
-            solution, merged = _from_accuracy(model, blocks, scores, images, limit, options, progress)
-        else:
-            solution, note = _solve(blocks, scores, budget)
-            notes = (note,) if note else ()
-            merged = _merge(blocks, solution.chosen, images, scores, options, progress)
+        with _judge(blocks, scores, images, way, score_fn, options) as judge:
+            if limit is not None:
+                found, merged = _from_accuracy(model, blocks, scores, images, limit, way, judge, options, progress)
+            else:
+                found = _choose(blocks, scores, budget, way, judge, progress)
+                notes = (found.note,) if found.note else ()
+                merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)
         if options.reconstruct_steps and images is not None:
             merged, note = _reconstructed(model, merged, images, options, progress)
             notes = (*notes, note)
-        if images is not None and _gives_classes(model):
-            agreement = 1.0 - _agreement_drop(*_held_out_outputs(model, merged.model, images, options))
+        if images is not None and gives_classes(model):
+            agreement = 1.0 - agreement_drop(*held_out_outputs(model, merged.model, images))
     worse = [block.name for block in merged.blocks if block.r2 is not None and block.r2 < 0]
     if worse:
         notes = (*notes, f"explained less than a constant would on held-out images: {', '.join(worse)}; keep them")
-    plan = _plan(model, blocks, solution.chosen, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
+    plan = _plan(model, blocks, found, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
@@ -147,6 +148,7 @@ def prune(
         refusals=(*blocks.skipped, *scores.refusals),
         error=merged.error,
         notes=notes,
+        search=found.report,
     )
     merged.model.pruning = report
     return merged.model
@@ -159,6 +161,8 @@ def search(
     budget: Mapping[str, float] | None = None,
     keep: Iterable[str] = (),
     forms: Sequence[str] | None = None,
+    score_fn: ScoreFn | None = None,
+    method: str | Method = "additive",
     options: Options | None = None,
     path: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -172,6 +176,8 @@ def search(
         budget: as for `prune`.
         keep: as for `prune`.
         forms: as for `prune`.
+        score_fn: as for `prune`; what `method` measures plans with.
+        method: as for `prune`.
         options: as for `prune`.
         path: write the plan there, and the fitted arrays beside it, so that `merge` needs no images.
         force: replace files that exist.
@@ -182,15 +188,15 @@ def search(
         OutputError: the plan cannot be written.
     """
     options, start = _started(options, calibration)
+    way = method_of(method)
     blocks = find_blocks(model)
     require_blocks(blocks)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
-    solution, note = _solve(blocks, scores, budget)
-    fitted = {block_name(one.blocks): scores.fitted[one.key] for one in solution.chosen}
-    plan = _plan(model, blocks, solution.chosen, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
-    if note:
-        plan = replace(plan, notes=(note,))
+        with _judge(blocks, scores, images, way, score_fn, options) as judge:
+            found = _choose(blocks, scores, budget, way, judge, progress)
+    fitted = {block_name(one.blocks): scores.fitted[one.key] for one in found.solution.chosen}
+    plan = _plan(model, blocks, found, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if path is not None:
         plan.save(path, _arrays(plan, fitted), force=force)
     return plan
@@ -345,17 +351,58 @@ def _score(
     )
 
 
-def _solve(
-    blocks: Blocks, scores: Scores, budget: Mapping[str, float] | Budget | None
-) -> tuple[searching.Solution, str | None]:
-    costs, rest = {block.name: block.cost for block in blocks}, _rest(blocks)
-    if budget is None:
-        solution, note = searching.nearest(scores.candidates, blocks=costs, rest=rest, budget=DEFAULT_BUDGET)
-    else:
-        solution, note = searching.solve(scores.candidates, blocks=costs, rest=rest, budget=budget), None
+@dataclass(frozen=True)
+class Found:
+    """What a search gave: the choice, what was looked at, and a sentence where the budget could not be met."""
+
+    solution: Solution
+    report: SearchReport
+    note: str | None
+
+
+def _choose(
+    blocks: Blocks,
+    scores: Scores,
+    budget: Mapping[str, float] | None,
+    method: Method,
+    judge: Measures | None,
+    progress: Progress | None,
+) -> Found:
+    space = _space(blocks, scores, DEFAULT_BUDGET if budget is None else budget, or_nearest=budget is None)
+    solution, report = choose(space, method, judge, progress)
     if not solution.chosen:
         raise BudgetError("Nothing has to be merged: the model meets the budget as it is. Ask for a smaller one.")
-    return solution, note
+    return Found(solution, report, space.note)
+
+
+def _space(blocks: Blocks, scores: Scores, budget: Mapping[str, float], *, or_nearest: bool) -> Space:
+    make = Space.nearest if or_nearest else Space.within
+    costs = {block.name: block.cost for block in blocks}
+    return make(scores.candidates, blocks=costs, rest=_rest(blocks), budget=budget)
+
+
+@contextmanager
+def _judge(
+    blocks: Blocks,
+    scores: Scores,
+    images: np.ndarray | None,
+    method: Method,
+    score_fn: ScoreFn | None,
+    options: Options,
+) -> Iterator[Measures | None]:
+    """Give what measures whole plans, where the method measures any and there are images to do it on."""
+    if images is None or not method.measures:
+        yield None
+        return
+    with Judge(
+        blocks,
+        scores.fitted,
+        images,
+        score_fn=score_fn,
+        reestimate=options.reestimate,
+        memory_bytes=options.memory_bytes,
+    ) as judge:
+        yield judge
 
 
 def _rest(blocks: Blocks) -> Cost:
@@ -435,109 +482,43 @@ def _from_accuracy(
     blocks: Blocks,
     scores: Scores,
     images: np.ndarray | None,
-    limit: tuple[ScoreFn, float],
+    limit: DropLimit,
+    method: Method,
+    judge: Measures | None,
     options: Options,
     progress: Progress | None,
-) -> tuple[searching.Solution, Merged]:
+) -> tuple[Found, Merged]:
     """Bisect the MACs budget to the smallest plan whose measured drop is within the bound."""
-    drop_of, bound = limit
     if images is None:
         raise CalibrationError("`max_drop` is measured on held-out calibration images; give calibration images.")
     if not Sampler(len(images)).holds_out:
         raise CalibrationError(
             f"`max_drop` holds a tenth of the images out: {len(images)} are too few, give 20 or more."
         )
-    smallest, _ = searching.nearest(
-        scores.candidates,
-        blocks={block.name: block.cost for block in blocks},
-        rest=_rest(blocks),
-        budget={"macs_max": 1},
-    )
-    low, high = smallest.cost.macs / network_cost(blocks.graph).macs, 1.0
-    best: tuple[searching.Solution, Merged] | None = None
-    least = float("inf")
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) / 2
+
+    def attempt(fraction: float) -> tuple[tuple[Found, Merged], float] | None:
         try:
-            solution, _ = _solve(blocks, scores, {"macs": middle})
+            found = _choose(blocks, scores, {"macs": fraction}, method, judge, progress)
         except BudgetError:
-            low = middle
-            continue
-        merged = _merge(blocks, solution.chosen, images, scores, options, progress)
-        drop = drop_of(*_held_out_outputs(model, merged.model, images, options))
-        least = min(least, drop)
-        if drop <= bound:
-            best, high = (solution, merged), middle
-        else:
-            low = middle
-    if best is None:
-        raise BudgetError(f"No plan keeps the drop within {bound}: the least measured is {least:.4f}. Allow more.")
-    return best
+            return None
+        merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)
+        return (found, merged), limit.drop_of(*held_out_outputs(model, merged.model, images))
 
-
-def _drop_limit(
-    model: Any, budget: Mapping[str, float] | None, max_drop: Mapping[str, float] | None, score_fn: ScoreFn | None
-) -> tuple[ScoreFn, float] | None:
-    """Return what measures the drop and how much of it is allowed, or None where a budget decides."""
-    if max_drop is None:
-        return None
-    if budget is not None:
-        raise BudgetError("Give either `budget` or `max_drop`, not both.")
-    if len(max_drop) != 1 or next(iter(max_drop)) not in ("agreement", "score"):
-        raise BudgetError(
-            f'`max_drop` is {{"agreement": 0.02}}, or {{"score": x}} with a score_fn. Received: {max_drop}'
-        )
-    ((kind, bound),) = max_drop.items()
-    if kind == "score":
-        if score_fn is None:
-            raise BudgetError('`max_drop={"score": ...}` needs a `score_fn`.')
-        return score_fn, float(bound)
-    if not 0 <= float(bound) < 1:
-        raise BudgetError(f"The agreement may drop by a fraction in [0, 1). Received: {bound}")
-    if not _gives_classes(model):
-        raise BudgetError(
-            f"'{model.name}' does not write one row of class scores per image, so agreement means nothing: give a "
-            '`score_fn` and `max_drop={"score": ...}`.'
-        )
-    return _agreement_drop, float(bound)
-
-
-def _gives_classes(model: Any) -> bool:
-    shapes = [tuple(output.shape) for output in model.outputs]
-    return len(shapes) == 1 and len(shapes[0]) == 2 and (shapes[0][1] or 0) >= 2
-
-
-def _agreement_drop(original: Any, pruned: Any) -> float:
-    return float(np.mean(np.argmax(original, axis=-1) != np.argmax(pruned, axis=-1)))
-
-
-def _held_out_outputs(model: Any, pruned: Any, images: np.ndarray, options: Options) -> tuple[Any, Any]:
-    """Outputs of both models on the images that were not fitted to (on all, where none were held out)."""
-    sampler = Sampler(len(images), seed=options.seed)
-    mask = sampler.held_out(slice(0, len(images)))
-    chosen = images[mask] if mask.any() else images
-    size = default_batch_size(prepared_graph(pruned))
-    return _outputs(model, chosen, size), _outputs(pruned, chosen, size)
-
-
-def _outputs(model: Any, images: np.ndarray, batch_size: int) -> Any:
-    parts = [
-        keras.tree.map_structure(keras.ops.convert_to_numpy, model(images[start : start + batch_size], training=False))
-        for start in range(0, len(images), batch_size)
-    ]
-    return keras.tree.map_structure(lambda *pieces: np.concatenate(pieces), *parts)
+    smallest = _space(blocks, scores, {"macs_max": 1}, or_nearest=True).solution
+    low = smallest.cost.macs / network_cost(blocks.graph).macs
+    return smallest_within(limit.bound, low, attempt)
 
 
 def _plan(
     model: Any,
     blocks: Blocks,
-    chosen: Iterable[Candidate],
+    found: Found,
     fitted: Mapping[str, Fitted],
     budget: Mapping[str, float],
     *,
     has_arrays: bool = False,
 ) -> Plan:
-    chosen = tuple(chosen)
+    chosen = found.solution.chosen
     joined = blocks.joined(one.blocks for one in chosen)
     edits = [
         Edit(
@@ -558,6 +539,7 @@ def _plan(
         edits=tuple(edits),
         budget=dict(budget),
         versions=_versions(),
+        notes=tuple(note for note in (found.note, found.report.measured and str(found.report)) if note),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from updp_tf.blocks import network_cost, prepared_graph
 from updp_tf.merging import MergedBlock
 from updp_tf.planning import Plan
+from updp_tf.searching import SearchReport
 from updp_tf.structure import Cost, Refusal
 
 
@@ -27,6 +28,7 @@ class PruningReport:
         refusals: what was not possible, and why.
         error: largest relative error of the built model on probe images.
         notes: sentences for people.
+        search: what the search for the plan looked at.
     """
 
     plan: Plan
@@ -38,6 +40,7 @@ class PruningReport:
     refusals: tuple[Refusal, ...]
     error: float
     notes: tuple[str, ...]
+    search: SearchReport
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -51,6 +54,7 @@ class PruningReport:
             "refusals": [asdict(refusal) for refusal in self.refusals],
             "error": self.error,
             "notes": list(self.notes),
+            "search": self.search.as_json(),
         }
 
     def __str__(self) -> str:
@@ -67,6 +71,8 @@ class PruningReport:
             )
         if self.agreement is not None:
             lines.append(f"  same class as the original on {100 * self.agreement:.1f} % of held-out calibration images")
+        if self.search.measured:
+            lines.append(f"  {self.search}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     __repr__ = __str__

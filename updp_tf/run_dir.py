@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written under a temporary name, then renamed."""
+"""Files and folders that are complete or not there: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -118,3 +118,43 @@ def _why_not_written(error: BaseException, temporary: Path) -> str | None:
         if concerns_file and number in CANNOT_WRITE:
             return os.strerror(number or 0)
     return None
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def write_folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; with all that was written into it, it gets that name at the end.
+
+    Raises:
+        OutputError: `path` exists already, its folder does not exist or cannot be written to, or the disk is full.
+            Other errors of the writer pass through.
+    """
+    target = Path(path)
+    _refuse_folder(target)
+    temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for one in [*temporary.rglob("*"), temporary]:
+            _flush(one)
+        _refuse_folder(target)
+        os.rename(temporary, target)
+        _flush(target.parent)
+    except OutputError:
+        raise
+    except Exception as error:
+        reason = _why_not_written(error, temporary)
+        if reason is None:
+            raise
+        raise OutputError(f"Cannot write '{target}': {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_folder(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise OutputError(f"Cannot write '{target}': the folder '{target.parent}' does not exist.")
+    if target.exists():
+        raise OutputError(f"'{target}' exists already.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,91 @@ class Solution:
     merged: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One choice that was measured.
+
+    Attributes:
+        solution: the choice, with its sum of scores.
+        loss: what was measured of it.
+    """
+
+    solution: Solution
+    loss: float
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """What a search looked at.
+
+    Attributes:
+        method: of the search.
+        measure: what `loss` means: `KL`, `squared error`, `score_fn`, ...; empty where nothing was measured.
+        n_images: that it was measured on.
+        measured: in the order in which they were measured.
+        best: number of the one that was taken, None where nothing was measured.
+    """
+
+    method: str
+    measure: str = ""
+    n_images: int = 0
+    measured: tuple[Measured, ...] = ()
+    best: int | None = None
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, of the sums of scores with what was measured; None for fewer than three measured choices."""
+        if len(self.measured) < 3:
+            return None
+        ranks = np.array(
+            [_ranks([one.solution.score for one in self.measured]), _ranks([one.loss for one in self.measured])]
+        )
+        if (ranks.std(axis=1) == 0).any():
+            return None
+        return float(np.corrcoef(ranks)[0, 1])
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        rows = [
+            {
+                "forms": [item.key for item in one.solution.chosen],
+                "score": one.solution.score,
+                "macs": one.solution.cost.macs,
+                "params": one.solution.cost.params,
+                "merged": one.solution.merged,
+                "loss": one.loss if math.isfinite(one.loss) else None,
+            }
+            for one in self.measured
+        ]
+        return {
+            "method": self.method,
+            "measure": self.measure,
+            "n_images": self.n_images,
+            "measured": rows,
+            "best": self.best,
+            "rank_correlation": self.rank_correlation,
+        }
+
+    def __str__(self) -> str:
+        if self.best is None:
+            return f"{self.method}: sum of scores, nothing measured"
+        best = self.measured[self.best]
+        smallest = min(self.measured, key=lambda one: one.solution.score)
+        told = f"{self.method}: {len(self.measured)} plans measured on {self.n_images} images, "
+        told += f"{self.measure} {best.loss:.4f} (sum of scores {best.solution.score:.4f})"
+        if smallest is not best:
+            told += f"; the smallest sum of them, {smallest.solution.score:.4f}, had {smallest.loss:.4f}"
+        if (correlation := self.rank_correlation) is not None:
+            told += f"; rank correlation of both {correlation:.2f}"
+        return told
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Return the rank of each value, the mean rank for equal ones; importing scipy.stats for it takes seconds."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
 def solve(
     candidates: Sequence[Candidate], *, blocks: Mapping[str, Cost], rest: Cost, budget: Budget | Mapping[str, float]
 ) -> Solution:
@@ -68,13 +153,7 @@ def solve(
         BudgetError: no choice is within the budget; the message says what is the nearest.
         FormError: a score that is not finite, a candidate for an unknown block, or two with the same key.
     """
-    budget = Budget.parse(budget)
-    problem = _Problem.build(candidates, blocks, rest, budget)
-    limits = _Limits(problem.budget_bounds(budget), budget.merged)
-    picked = _pick(problem, limits)
-    if picked is None:
-        raise BudgetError(_say_nearest(problem, budget))
-    return problem.solution(picked)
+    return Space.within(candidates, blocks=blocks, rest=rest, budget=budget).solution
 
 
 def nearest(
@@ -91,23 +170,184 @@ def nearest(
     Raises:
         FormError: as `solve`.
     """
-    budget = Budget.parse(budget)
-    problem = _Problem.build(candidates, blocks, rest, budget)
-    limits = _Limits(problem.budget_bounds(budget), budget.merged)
-    picked = _pick(problem, limits)
-    if picked is not None:
-        return problem.solution(picked), None
-    relaxed = _Limits({}, None)
-    if (asked := budget.merged) is not None:
-        counts = _nearest_counts(problem, asked, {})
-        relaxed = replace(relaxed, merged=min(counts, key=lambda count: (abs(count - asked), count)))
-    for unit, bound in limits.bounds.items():
-        smallest = _attainable(problem, unit, relaxed)
-        relaxed = replace(relaxed, bounds={**relaxed.bounds, unit: max(bound, smallest or 0)})
-    picked = _pick(problem, relaxed)
-    if picked is None:
-        raise RuntimeError("the nearest budget cannot be met, though each of its values was attained")
-    return problem.solution(picked), _say_nearest(problem, budget)
+    space = Space.nearest(candidates, blocks=blocks, rest=rest, budget=budget)
+    return space.solution, space.note
+
+
+@dataclass(frozen=True)
+class Space:
+    """Every choice that is within a budget: where all ways to search look.
+
+    Attributes:
+        solution: the choice with the smallest sum of scores, as `solve` returns it.
+        note: None where the budget asked for is met, else a sentence that says what was had instead.
+    """
+
+    solution: Solution
+    note: str | None
+    _system: _System
+    _first: np.ndarray
+
+    @classmethod
+    def within(
+        cls,
+        candidates: Sequence[Candidate],
+        *,
+        blocks: Mapping[str, Cost],
+        rest: Cost,
+        budget: Budget | Mapping[str, float],
+    ) -> Space:
+        """Return the choices within a budget; arguments and errors as of `solve`."""
+        budget = Budget.parse(budget)
+        problem = _Problem.build(candidates, blocks, rest, budget)
+        limits = _Limits(problem.budget_bounds(budget), budget.merged)
+        picked = _pick(problem, limits)
+        if picked is None:
+            raise BudgetError(_say_nearest(problem, budget))
+        return cls(problem.solution(picked), None, _System.build(problem, limits), picked)
+
+    @classmethod
+    def nearest(
+        cls,
+        candidates: Sequence[Candidate],
+        *,
+        blocks: Mapping[str, Cost],
+        rest: Cost,
+        budget: Budget | Mapping[str, float],
+    ) -> Space:
+        """Return the choices within a budget, or within the nearest that can be met, as `nearest` does."""
+        budget = Budget.parse(budget)
+        problem = _Problem.build(candidates, blocks, rest, budget)
+        limits = _Limits(problem.budget_bounds(budget), budget.merged)
+        picked = _pick(problem, limits)
+        if picked is not None:
+            return cls(problem.solution(picked), None, _System.build(problem, limits), picked)
+        relaxed = _Limits({}, None)
+        if (asked := budget.merged) is not None:
+            counts = _nearest_counts(problem, asked, {})
+            relaxed = replace(relaxed, merged=min(counts, key=lambda count: (abs(count - asked), count)))
+        for unit, bound in limits.bounds.items():
+            smallest = _attainable(problem, unit, relaxed)
+            relaxed = replace(relaxed, bounds={**relaxed.bounds, unit: max(bound, smallest or 0)})
+        picked = _pick(problem, relaxed)
+        if picked is None:
+            raise RuntimeError("the nearest budget cannot be met, though each of its values was attained")
+        note = _say_nearest(problem, budget)
+        return cls(problem.solution(picked), note, _System.build(problem, relaxed), picked)
+
+    @property
+    def items(self) -> tuple[Candidate, ...]:
+        """What may be chosen, in graph order."""
+        allowed = self._system.allowed
+        return tuple(item for item, is_allowed in zip(self._problem.items, allowed, strict=True) if is_allowed)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks, in graph order."""
+        return self._problem.names
+
+    @property
+    def _problem(self) -> _Problem:
+        return self._system.problem
+
+    def best(self, n: int) -> tuple[Solution, ...]:
+        """Return the `n` choices with the smallest sums of scores, the best first; fewer where there are fewer.
+
+        Each is found like the first, with those before it cut off.
+        """
+        found = [self._first]
+        while len(found) < n:
+            picked, _ = self._system.core(self._problem.scores, slack=0.0, other_than=found)
+            if picked is None:
+                break
+            found.append(picked)
+        return tuple(self._problem.solution(picked) for picked in found[:n])
+
+    def random(self, rng: np.random.Generator) -> Solution:
+        """Return a choice that knows no score.
+
+        Blocks come in random order and take one of their forms or spans at random until the budget is met. Where
+        it is not met even so, or overshot, the nearest choice that meets it is taken: the one that differs in the
+        fewest items.
+        """
+        covered: set[int] = set()
+        picked: list[int] = []
+        items_by_block: dict[int, list[int]] = {}
+        for item in np.flatnonzero(self._system.allowed):
+            for block in self._problem.members[item]:
+                items_by_block.setdefault(block, []).append(int(item))
+        for block in rng.permutation(len(self.names)):
+            if self._system.holds(_positions(picked)):
+                break
+            able = [item for item in items_by_block.get(block, ()) if not covered & set(self._problem.members[item])]
+            if able:
+                picked.append(able[rng.integers(len(able))])
+                covered |= set(self._problem.members[picked[-1]])
+        return self._repaired(_positions(picked))
+
+    def uniform(self) -> Solution:
+        """Return the choice that merges the fewest blocks, spread evenly over the depth, each in its best form.
+
+        Raises:
+            BudgetError: no number of evenly spread blocks is within the budget.
+        """
+        system, members = self._system, self._problem.members
+        able = sorted({block for item in np.flatnonzero(system.allowed) for block in members[item]})
+        merged = system.limits.merged
+        for n in range(1, len(able) + 1) if merged is None else (merged,):
+            places = {able[int((index + 0.5) * len(able) / n)] for index in range(n)}
+            inside = np.array([places.issuperset(covered) for covered in members], dtype=bool)
+            forced = np.isin(np.arange(len(self.names)), list(places))
+            spread = replace(system, allowed=system.allowed & inside, forced=system.forced | forced)
+            picked = spread.minimise(self._problem.scores)
+            if picked is not None:
+                return self._problem.solution(picked)
+        raise BudgetError("No evenly spread blocks are within the budget; let the scores choose, method='exact'.")
+
+    def closest_to(self, chosen: Sequence[Candidate]) -> Solution:
+        """Return the choice that differs from a wished one in the fewest items: itself, where it is within the budget.
+
+        Args:
+            chosen: items of this space; they may break the budget, and cover a block twice.
+        """
+        wished = {one.key for one in chosen}
+        return self._repaired(_positions(i for i, item in enumerate(self._problem.items) if item.key in wished))
+
+    def _repaired(self, wished: np.ndarray) -> Solution:
+        if not self._system.holds(wished):
+            distance = np.ones(len(self._problem.items))
+            distance[wished] = -1.0
+            closest = self._system.minimise(distance)
+            wished = self._first if closest is None else closest
+        return self._problem.solution(wished)
+
+    def swaps(self, solution: Solution) -> Iterator[Solution]:
+        """Yield the choices within the budget that are one swap away, those with the smallest sums of scores first.
+
+        A swap takes one item out, and puts another one in or none: another form, or another block, or a span.
+        """
+        problem, system = self._problem, self._system
+        keys = {one.key for one in solution.chosen}
+        mine = [index for index, item in enumerate(problem.items) if item.key in keys]
+        cover = problem.cover
+        found: list[tuple[float, tuple[int, ...]]] = []
+        for out in mine:
+            rest = _positions(index for index in mine if index != out)
+            taken = np.zeros(len(self.names))
+            for index in rest:
+                taken[list(problem.members[index])] = 1.0
+            able = system.allowed & (cover.T @ taken == 0) & system.rows_hold_with(rest)
+            able[out] = False
+            swapped = [rest, *(np.sort(np.append(rest, index)) for index in np.flatnonzero(able))]
+            for picked in swapped:
+                if system.holds(picked):
+                    found.append((math.fsum(problem.scores[picked]), tuple(int(index) for index in picked)))
+        for _, indices in sorted(found):
+            yield problem.solution(_positions(indices))
+
+
+def _positions(indices: Iterable[int]) -> np.ndarray:
+    return np.array(sorted(indices), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -145,6 +385,7 @@ class _ScoreRow:
 
     coefficients: np.ndarray
     upper: float
+    lower: None = None
 
     def holds(self, picked: np.ndarray) -> bool:
         return math.fsum(self.coefficients[picked]) <= self.upper
@@ -249,6 +490,7 @@ class _System:
         allowed: which items may be picked at all.
         forced: which blocks must be covered, because kept they break a limit that is a maximum over the parts.
         possible: False where what lies outside the blocks breaks a limit by itself.
+        limits: that it was built from.
     """
 
     problem: _Problem
@@ -256,6 +498,7 @@ class _System:
     allowed: np.ndarray
     forced: np.ndarray
     possible: bool
+    limits: _Limits
 
     @classmethod
     def build(cls, problem: _Problem, limits: _Limits) -> _System:
@@ -272,7 +515,7 @@ class _System:
                 possible &= getattr(problem.rest, unit) <= bound
         if limits.merged is not None:
             rows.append(_Row(problem.counts, limits.merged, limits.merged))
-        return cls(problem, tuple(rows), allowed, forced, possible)
+        return cls(problem, tuple(rows), allowed, forced, possible, limits)
 
     def minimise(self, objective: np.ndarray, *, other_than: Sequence[np.ndarray] = ()) -> np.ndarray | None:
         """Return the positions of the items with the smallest sum of `objective`, or None where nothing is feasible.
@@ -285,13 +528,15 @@ class _System:
         if not self.possible:
             return None
         if not self.allowed.any():
-            return nothing if self._holds(nothing) else None
+            return nothing if self.holds(nothing) and all(map(len, other_than)) else None
         excluded = list(other_than)
-        while (picked := self._ask(objective, excluded)) is not None and not self._holds(picked):
+        while (picked := self._ask(objective, excluded)) is not None and not self.holds(picked):
             excluded.append(picked)
         return picked
 
-    def core(self, objective: np.ndarray, *, slack: float) -> tuple[np.ndarray | None, _System]:
+    def core(
+        self, objective: np.ndarray, *, slack: float, other_than: Sequence[np.ndarray] = ()
+    ) -> tuple[np.ndarray | None, _System]:
         """Return what `minimise` returns, and the system narrowed to whatever can come within `slack` of it.
 
         By weak duality a choice costs at least `bound` plus the reduced cost of each of its items, plus the price of
@@ -302,13 +547,13 @@ class _System:
         """
         prices = self._prices(objective) if self.possible and self.allowed.any() else None
         if prices is None:
-            return self.minimise(objective), self
+            return self.minimise(objective, other_than=other_than), self
         bound, reduced, uncovered = prices
         steps = np.sort(np.concatenate([reduced[self.allowed], uncovered]))
         margin = float(steps[min(len(uncovered) + FIRST_CORE, len(steps) - 1)])
         while True:
             narrow = self._within(margin, reduced, uncovered)
-            picked = narrow.minimise(objective)
+            picked = narrow.minimise(objective, other_than=other_than)
             needed = math.inf if picked is None else math.fsum(objective[picked]) - bound + slack
             if needed <= margin:
                 return picked, self._within(needed, reduced, uncovered)
@@ -344,7 +589,19 @@ class _System:
         bound = float(duals @ limits + np.minimum(reduced, 0.0)[self.allowed].sum())
         return bound, np.maximum(reduced, 0.0), -duals[: cover.shape[0]]
 
-    def _holds(self, picked: np.ndarray) -> bool:
+    def rows_hold_with(self, rest: np.ndarray) -> np.ndarray:
+        """Return, for each item, whether the limits hold for it together with some others."""
+        able = np.ones(len(self.problem.items), dtype=bool)
+        for row in self.rows:
+            values = row.coefficients + row.coefficients[rest].sum()
+            if row.upper is not None:
+                able &= values <= row.upper
+            if row.lower is not None:
+                able &= values >= row.lower
+        return able
+
+    def holds(self, picked: np.ndarray) -> bool:
+        """True where a choice covers no block twice, and is within every limit."""
         covered = np.bincount(
             [index for item in picked for index in self.problem.members[item]], minlength=len(self.problem.names)
         )

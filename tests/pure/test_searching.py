@@ -1,14 +1,27 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from updp_tf.cost import Budget, is_dearer, total
 from updp_tf.errors import BudgetError, FormError
-from updp_tf.searching import LARGEST_COEFFICIENT, Solution, _Limits, _Problem, _System, nearest, solve
+from updp_tf.searching import (
+    LARGEST_COEFFICIENT,
+    Measured,
+    SearchReport,
+    Solution,
+    Space,
+    _Limits,
+    _Problem,
+    _System,
+    nearest,
+    solve,
+)
 from updp_tf.structure import Candidate, Cost
 
 REST = Cost(macs=50, params=20, activation_bytes=3)
@@ -114,6 +127,101 @@ def test_equal_to_brute_force(instance, seed):
     assert (found.cost.macs, found.merged) == expected[1:]
     shuffled = random.Random(seed).sample(candidates, len(candidates))
     assert solve(shuffled, blocks=blocks, rest=REST, budget=budget) == found
+
+
+def best_of_all(candidates, blocks, rest, budget):
+    """The smallest sum of scores within the budget, None where there is none, over every choice there is.
+
+    Two halves of the blocks are written out whole, and every pair of halves is looked at; a span over the middle
+    takes its blocks out of both.
+    """
+    names = list(blocks)
+    middle = len(names) // 2
+    position = {name: index for index, name in enumerate(names)}
+    original = total((rest, *blocks.values()))
+    bounds = budget.bounds(original)
+    allowed = [
+        item
+        for item in candidates
+        if not is_dearer(item.cost, total(blocks[name] for name in item.blocks), budget.unit)
+    ]
+
+    def half(first, last, gone):
+        """Score, MACs, parameters, largest activations and merged blocks of every choice for some blocks."""
+        by_start = {}
+        for item in allowed:
+            covered = [position[name] for name in item.blocks]
+            if first <= covered[0] and covered[-1] < last and not gone & set(covered):
+                by_start.setdefault(covered[0], []).append((len(covered), item.score, item.cost))
+        # row of the table = one choice for the blocks before `index`
+        table = {first: np.zeros((1, 5))}
+        for index in range(first, last):
+            kept = blocks[names[index]]
+            steps = [(1, 0.0, Cost() if index in gone else kept, 0)]
+            steps += [(length, score, cost, length) for length, score, cost in by_start.get(index, [])]
+            for length, score, cost, merged in steps:
+                rows = table[index].copy()
+                rows[:, :3] += (score, cost.macs, cost.params)
+                rows[:, 3] = np.maximum(rows[:, 3], cost.activation_bytes)
+                rows[:, 4] += merged
+                end = index + length
+                table[end] = np.concatenate([table[end], rows]) if end in table else rows
+        return table.get(last, np.zeros((0, 5)))
+
+    best = None
+    over = [item for item in allowed if position[item.blocks[0]] < middle <= position[item.blocks[-1]]]
+    for item in (None, *over):
+        gone = set() if item is None else {position[name] for name in item.blocks}
+        left, right = half(0, middle, gone), half(middle, len(names), gone)
+        fixed = np.array([0.0, rest.macs, rest.params, rest.activation_bytes, 0.0])
+        if item is not None:
+            fixed += (item.score, item.cost.macs, item.cost.params, 0.0, len(gone))
+            fixed[3] = max(rest.activation_bytes, item.cost.activation_bytes)
+        for row in left + fixed * (1, 1, 1, 0, 1):
+            pairs = right + row * (1, 1, 1, 0, 1)
+            pairs[:, 3] = np.maximum(np.maximum(right[:, 3], row[3]), fixed[3])
+            within = np.ones(len(pairs), dtype=bool)
+            for unit, column in (("macs", 1), ("params", 2), ("activation_bytes", 3)):
+                if unit in bounds:
+                    within &= pairs[:, column] <= bounds[unit]
+            if budget.merged is not None:
+                within &= pairs[:, 4] == budget.merged
+            if within.any():
+                found = float(pairs[within, 0].min())
+                best = found if best is None else min(best, found)
+    return best
+
+
+def check_against_all(candidates, blocks, budget):
+    expected = best_of_all(candidates, blocks, REST, budget)
+    if expected is None:
+        with pytest.raises(BudgetError, match="cannot be met"):
+            solve(candidates, blocks=blocks, rest=REST, budget=budget)
+        return
+    found = solve(candidates, blocks=blocks, rest=REST, budget=budget)
+    assert budget.is_met(found.cost, total((REST, *blocks.values())), merged=found.merged)
+    assert_is_consistent(found, blocks, REST)
+    assert abs(found.score - expected) <= 1e-9 * max([1.0, *(abs(item.score) for item in candidates)])
+
+
+@settings(max_examples=40)
+@given(instance=instances(max_blocks=12))
+def test_equal_to_all_choices_up_to_twelve_blocks_and_three_forms(instance):
+    check_against_all(*instance)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500)
+@given(instance=instances(max_blocks=12))
+def test_equal_to_all_choices_many_times(instance):
+    check_against_all(*instance)
+
+
+@given(instance=instances(max_blocks=4))
+def test_both_brute_forces_agree(instance):
+    candidates, blocks, budget = instance
+    best = brute_force(candidates, blocks, REST, budget)
+    assert best_of_all(candidates, blocks, REST, budget) == (None if best is None else pytest.approx(best[0]))
 
 
 def random_instance(seed, *, n_blocks, n_forms, spans=True):
@@ -398,3 +506,152 @@ def test_nearest_always_answers_and_meets_what_can_be_met(instance):
             kept = [cost for name, cost in blocks.items() if name not in covered]
             smallest = min(smallest, getattr(total([REST, *kept, *(c.cost for c in chosen)]), unit))
         assert getattr(found.cost, unit) == smallest
+
+
+# --- every choice within a budget ----------------------------------------------------------------------------------
+
+
+def space_of(candidates, blocks, budget):
+    return Space.within(candidates, blocks=blocks, rest=REST, budget=budget)
+
+
+def all_within(candidates, blocks, budget):
+    """Every choice within the budget: its score and its keys, the best first."""
+    budget = Budget.parse(budget)
+    original = total((REST, *blocks.values()))
+    found = []
+    for chosen in all_choices(candidates, blocks):
+        covered = {name for item in chosen for name in item.blocks}
+        kept = [cost for name, cost in blocks.items() if name not in covered]
+        cost = total([REST, *kept, *(item.cost for item in chosen)])
+        dear = any(is_dearer(c.cost, total(blocks[n] for n in c.blocks), budget.unit) for c in chosen)
+        if not dear and budget.is_met(cost, original, merged=len(covered)):
+            found.append((math.fsum(item.score for item in chosen), frozenset(item.key for item in chosen)))
+    return sorted(found, key=lambda one: one[0])
+
+
+def keys(solution):
+    return frozenset(item.key for item in solution.chosen)
+
+
+SPACE_BUDGETS = ({"macs": 0.75}, {"macs": 0.8, "params": 0.8}, {"merged": 3}, {"activation_bytes": 0.9, "macs": 0.9})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", SPACE_BUDGETS, ids=str)
+def test_the_best_choices_are_the_first_of_all(seed, budget):
+    candidates, blocks = random_instance(seed, n_blocks=5, n_forms=2)
+    everything = all_within(candidates, blocks, budget)
+    if not everything:
+        return
+    found = space_of(candidates, blocks, budget).best(12)
+    assert [one.score for one in found] == pytest.approx([score for score, _ in everything[:12]])
+    assert len({keys(one) for one in found}) == len(found) == min(12, len(everything))
+    assert {keys(one) for one in found} <= {names for _, names in everything}
+    assert found[0] == solve(candidates, blocks=blocks, rest=REST, budget=budget)
+
+
+def test_the_best_choices_end_where_there_are_no_more():
+    space = space_of([candidate("a", "conv", 0.1), candidate("b", "conv", 0.2)], BLOCKS, {"macs": 1.0})
+    assert [keys(one) for one in space.best(9)] == [set(), {"a=conv"}, {"b=conv"}, {"a=conv", "b=conv"}]
+    assert [keys(one) for one in space_of([], BLOCKS, {"macs": 1.0}).best(9)] == [set()]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", SPACE_BUDGETS, ids=str)
+def test_swaps_are_all_choices_that_differ_in_one_item(seed, budget):
+    candidates, blocks = random_instance(seed, n_blocks=5, n_forms=2)
+    everything = all_within(candidates, blocks, budget)
+    if not everything:
+        return
+    space = space_of(candidates, blocks, budget)
+    for base in space.best(3):
+        mine = keys(base)
+        expected = [names for _, names in everything if len(mine - names) == 1 and len(names - mine) <= 1]
+        found = list(space.swaps(base))
+        assert sorted(map(sorted, map(keys, found))) == sorted(map(sorted, expected))
+        assert [one.score for one in found] == sorted(one.score for one in found)
+
+
+@given(instance=instances(max_blocks=5), seed=st.integers(0, 9))
+def test_random_choices_are_within_the_budget(instance, seed):
+    candidates, blocks, budget = instance
+    if brute_force(candidates, blocks, REST, budget) is None:
+        return
+    found = [space_of(candidates, blocks, budget).random(np.random.default_rng(seed)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert_is_consistent(found[0], blocks, REST)
+    assert budget.is_met(found[0].cost, total((REST, *blocks.values())), merged=found[0].merged)
+    # it knows no scores: with others it is the same choice
+    others = [replace(item, score=-item.score) for item in candidates]
+    assert keys(space_of(others, blocks, budget).random(np.random.default_rng(seed))) == keys(found[0])
+
+
+def test_random_choices_reach_every_block_and_form():
+    candidates, blocks = random_instance(3, n_blocks=8, n_forms=3)
+    space, rng = space_of(candidates, blocks, {"macs": 0.7}), np.random.default_rng(0)
+    drawn = [space.random(rng) for _ in range(200)]
+    assert {item.key for one in drawn for item in one.chosen} == {item.key for item in space.items}
+    assert len({keys(one) for one in drawn}) > 150
+
+
+def test_the_closest_choice_differs_in_the_fewest_items():
+    for seed in range(6):
+        candidates, blocks = random_instance(seed, n_blocks=5, n_forms=2)
+        space = space_of(candidates, blocks, {"macs": 0.75, "params": 0.85})
+        everything = [names for _, names in all_within(candidates, blocks, {"macs": 0.75, "params": 0.85})]
+        wished = [item for item in space.items if random.Random(seed).random() < 0.3]
+        fewest = min(len({one.key for one in wished} ^ names) for names in everything)
+        assert len({one.key for one in wished} ^ keys(space.closest_to(wished))) == fewest
+        inside = space.best(3)[-1]
+        assert space.closest_to(inside.chosen) == inside
+
+
+def test_uniform_spreads_the_fewest_blocks_over_the_depth():
+    blocks = {f"b{index}": Cost(100, 10, 10) for index in range(10)}
+    items = [candidate(name, form, score, macs=50) for name in blocks for form, score in (("good", 0.1), ("poor", 0.2))]
+    original = 50 + 1000
+    for n, wanted in ((1, [5]), (2, [2, 7]), (3, [1, 5, 8]), (5, [1, 3, 5, 7, 9])):
+        found = space_of(items, blocks, {"macs_max": original - 50 * n}).uniform()
+        assert [item.key for item in found.chosen] == [f"b{index}=good" for index in wanted]
+        assert space_of(items, blocks, {"merged": n}).uniform() == found
+    # blocks that have no form are no part of the depth
+    few = [item for item in items if item.blocks[0] in ("b0", "b1", "b2", "b3")]
+    assert [item.key for item in space_of(few, blocks, {"merged": 2}).uniform().chosen] == ["b1=good", "b3=good"]
+
+
+@pytest.mark.parametrize("budget", SPACE_BUDGETS, ids=str)
+def test_uniform_is_within_every_limit(budget):
+    for seed in range(4):
+        candidates, blocks = random_instance(seed, n_blocks=9, n_forms=3)
+        space = space_of(candidates, blocks, budget)
+        try:
+            found = space.uniform()
+        except BudgetError as error:
+            assert "No evenly spread blocks are within the budget" in str(error)
+            continue
+        assert Budget.parse(budget).is_met(found.cost, total((REST, *blocks.values())), merged=found.merged)
+        assert_is_consistent(found, blocks, REST)
+
+
+def test_a_space_of_the_nearest_budget():
+    space = Space.nearest(FEW, blocks=BLOCKS, rest=REST, budget={"macs": 0.5})
+    assert "the smallest plan has 0.635" in space.note
+    assert (space.solution, space.note) == nearest(FEW, blocks=BLOCKS, rest=REST, budget={"macs": 0.5})
+    assert [one.cost.macs for one in space.best(9)] == [222]
+
+
+def test_a_report_tells_guess_and_truth():
+    def measured(score, loss):
+        return Measured(Solution((candidate("a", f"f{score}", score),), score, Cost(10, 2), 1), loss)
+
+    report = SearchReport("exact", "KL", 60, (measured(0.1, 0.5), measured(0.2, 0.3), measured(0.4, 0.9)), 1)
+    assert report.rank_correlation == pytest.approx(0.5)
+    assert str(report) == (
+        "exact: 3 plans measured on 60 images, KL 0.3000 (sum of scores 0.2000); the smallest sum of them, 0.1000, "
+        "had 0.5000; rank correlation of both 0.50"
+    )
+    rows = report.as_json()["measured"]
+    assert [row["loss"] for row in rows] == [0.5, 0.3, 0.9] and rows[1]["forms"] == ["a=f0.2"]
+    assert str(SearchReport("uniform")) == "uniform: sum of scores, nothing measured"
+    assert replace(report, measured=(measured(0.1, math.inf),), best=0).as_json()["measured"][0]["loss"] is None
