@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ShapeError,
         UpdpError,
     )
+    from updp_tf.evolving import Genetic
     from updp_tf.expansions import register_expansion
     from updp_tf.forms import register_form
     from updp_tf.isomorphic.coupling import Coupling, per_channel
@@ -43,6 +44,7 @@ _MODULE_BY_NAME = {
     "find_blocks": "blocks",
     "Additive": "choosing",
     "Exact": "choosing",
+    "Genetic": "evolving",
     "Random": "choosing",
     "Uniform": "choosing",
     "BudgetError": "errors",
@@ -92,6 +94,7 @@ __all__ = [
     "Coupling",
     "Exact",
     "FormError",
+    "Genetic",
     "MergeError",
     "ModelError",
     "NarrowingReport",

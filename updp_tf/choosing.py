@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from updp_tf.errors import BudgetError
+from updp_tf.errors import BudgetError, CalibrationError
+from updp_tf.evolving import Genetic, evolve
 from updp_tf.searching import Measured, SearchReport, Solution, Space
 from updp_tf.structure import Candidate
 from updp_tf.walking import Progress
@@ -88,9 +89,9 @@ class Uniform:
     measures = False
 
 
-Method = Additive | Exact | Random | Uniform
+Method = Additive | Exact | Random | Uniform | Genetic
 
-METHODS: dict[str, type[Method]] = {one.name: one for one in (Additive, Exact, Random, Uniform)}
+METHODS: dict[str, type[Method]] = {one.name: one for one in (Additive, Exact, Random, Uniform, Genetic)}
 
 
 def method_of(asked: str | Method) -> Method:
@@ -119,6 +120,8 @@ def choose(
 
     Raises:
         BudgetError: `uniform` finds no evenly spread blocks within the budget.
+        CalibrationError: a genetic search, and nothing to measure on.
+        RunError: the storage of a genetic search holds a study of other plans.
     """
     if isinstance(method, Uniform):
         return space.uniform(), SearchReport(method.name)
@@ -132,7 +135,12 @@ def choose(
         tally = _Tally(judge, progress, method.n)
         return tally.best_of(drawn), tally.report(method.name)
     if judge is None:
+        if isinstance(method, Genetic):
+            raise CalibrationError("A genetic search measures plans: give calibration images.")
         return space.solution, SearchReport(method.name)
+    if isinstance(method, Genetic):
+        tally = _Tally(judge, progress, method.trials)
+        return evolve(space, method, tally.loss, tally.know), tally.report(method.name)
     tally = _Tally(judge, progress, method.plans + method.swaps)
     best = tally.best_of(space.best(method.plans))
     while (better := tally.better_one(space.swaps(best), best)) is not None:
@@ -154,6 +162,10 @@ class _Tally:
             if self._progress is not None:
                 self._progress(len(self._measured), self._most, "measure plans")
         return self._measured[key].loss
+
+    def know(self, one: Solution, loss: float) -> None:
+        """Take over what was measured before."""
+        self._measured.setdefault(tuple(item.key for item in one.chosen), Measured(one, loss))
 
     def best_of(self, solutions: Iterable[Solution]) -> Solution:
         return min(solutions, key=self.loss)

@@ -169,7 +169,7 @@ def prune(
         Start | None, typer.Option(help="Default: least_squares with calibration images, gaussian without.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How to search: additive, exact (measures the best plans on images), random, uniform.")
+        str, typer.Option(help="How to search: additive, exact (measures plans on images), genetic, random, uniform.")
     ] = "additive",
     plan_out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Where the plan goes.")] = None,
     as_json: Json = False,

@@ -97,7 +97,8 @@ def prune(
         forms: names of the forms to consider; all registered ones where None.
         score_fn: for outputs that are no class scores: (original outputs, pruned outputs) -> loss.
         method: how to search: `additive` (the smallest sum of scores), `exact` (the best few sums measured together on
-            held-out images, then swaps), `random`, `uniform`, or one of `Exact`, `Random`, ... with its settings.
+            held-out images, then swaps), `genetic`, `random`, `uniform`, or one of `Exact`, `Genetic`, ... with its
+            settings.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 

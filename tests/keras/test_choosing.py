@@ -10,7 +10,7 @@ import pytest
 import updp_tf
 from tests import zoo
 from tests.keras.test_merging import images_for
-from updp_tf import Exact, Options, Random
+from updp_tf import Exact, Genetic, Options, Random
 from updp_tf.blocks import find_blocks
 from updp_tf.choosing import choose
 from updp_tf.errors import BudgetError, CalibrationError
@@ -200,6 +200,7 @@ def test_the_best_of_random_plans(problem) -> None:
         ("random", {"macs": 0.75}),
         (Random(n=3, seed=1), {"macs": 0.9, "params": 0.85}),
         ("uniform", {"macs": 0.9, "params": 0.85}),
+        (Genetic(trials=5, population=4), {"macs": 0.9, "params": 0.85}),
     ],
     ids=str,
 )
@@ -229,6 +230,21 @@ def test_methods_without_images() -> None:
     for method in ("exact", "uniform", Random(n=3)):
         small = prune(model, method=method, budget={"macs": 0.9}, forms=["conv3", "remove"])
         assert small.pruning.search.measured == ()
+
+
+    with pytest.raises(CalibrationError, match="A genetic search measures plans: give calibration images"):
+        prune(model, method="genetic", budget={"macs": 0.9})
+
+
+def test_a_genetic_search_is_at_least_as_good_as_what_it_begins_with(problem, tmp_path) -> None:
+    space, judge = problem
+    method = Genetic(trials=10, population=6, storage=f"sqlite:///{tmp_path}/search.db")
+    found, report = choose(space, method, judge)
+    losses = [judge.loss(one.chosen) for one in space.best(3)]
+    assert [one.loss for one in report.measured[:3]] == losses
+    assert judge.loss(found.chosen) == min(one.loss for one in report.measured) <= min(losses)
+    again, same = choose(space, method, judge)  # from the storage, without measuring
+    assert (again, same.as_json()) == (found, report.as_json())
 
 
 def test_a_score_function_decides_between_plans() -> None:
