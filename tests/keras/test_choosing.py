@@ -231,7 +231,6 @@ def test_methods_without_images() -> None:
         small = prune(model, method=method, budget={"macs": 0.9}, forms=["conv3", "remove"])
         assert small.pruning.search.measured == ()
 
-
     with pytest.raises(CalibrationError, match="A genetic search measures plans: give calibration images"):
         prune(model, method="genetic", budget={"macs": 0.9})
 
