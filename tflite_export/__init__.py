@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         OutputError,
         TfliteExportError,
     )
+    from tflite_export.estimates import Estimate, estimate_phone, phones
     from tflite_export.ethosu import EthosUCompilation, compile_ethosu
     from tflite_export.evaluation import Evaluation, evaluate, run_tflite
     from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
+    from tflite_export.latency import LatencyItem, LatencyRow, LatencyTable
+    from tflite_export.report import Report, write_report
     from tflite_export.worker import ExportWorker
 
 __all__ = [
@@ -47,29 +50,37 @@ __all__ = [
     "EdgeTpuLog",
     "EdgeTpuReport",
     "EthosUCompilation",
+    "Estimate",
     "Evaluation",
     "ExportError",
     "ExportResult",
     "ExportWorker",
     "FlatbufferError",
+    "LatencyItem",
+    "LatencyRow",
+    "LatencyTable",
     "ModelError",
     "OptionError",
     "OutputError",
+    "Report",
     "TfliteExportError",
     "TfliteModel",
     "benchmark",
     "check_edgetpu",
     "compile_edgetpu",
     "compile_ethosu",
+    "estimate_phone",
     "evaluate",
     "export",
     "export_many",
     "open_device",
     "parse_edgetpu_output",
+    "phones",
     "read_benchmark_log",
     "read_edgetpu_log",
     "read_flatbuffer",
     "run_tflite",
+    "write_report",
 ]
 
 _MODULE_BY_NAME = {
@@ -84,11 +95,19 @@ _MODULE_BY_NAME = {
     "EdgeTpuLog": "edgetpu_compiler",
     "EdgeTpuReport": "edgetpu",
     "EthosUCompilation": "ethosu",
+    "Estimate": "estimates",
+    "estimate_phone": "estimates",
+    "phones": "estimates",
+    "Report": "report",
+    "write_report": "report",
     "Evaluation": "evaluation",
     "ExportError": "errors",
     "ExportResult": "convert",
     "ExportWorker": "worker",
     "FlatbufferError": "errors",
+    "LatencyItem": "latency",
+    "LatencyRow": "latency",
+    "LatencyTable": "latency",
     "ModelError": "errors",
     "OptionError": "errors",
     "OutputError": "errors",

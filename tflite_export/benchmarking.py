@@ -324,11 +324,29 @@ class _Sitting:
     timings: list[Timing]
 
     def turns_ms(self, index: int) -> tuple[float, ...]:
-        """Return the median time of each turn of a file; what it told of the sitting where it tells only that."""
-        timing = self.timings[index]
-        if timing.log is not None:
-            return (timing.log.typical_ms,)
-        return tuple(float(np.median(turn)) for turn in timing.turns_ms)
+        return turns_of(self.timings[index])
+
+
+def turns_of(timing: Timing) -> tuple[float, ...]:
+    """Return the median time of each turn in milliseconds; what it told of the sitting where it tells only that."""
+    if timing.log is not None:
+        return (timing.log.typical_ms,)
+    return tuple(float(np.median(turn)) for turn in timing.turns_ms)
+
+
+def compare_outputs(
+    device: Device, paths: Sequence[Path], *, threads: int = 1, progress: Progress | None = None
+) -> None:
+    """Run each file once on an open device and once here.
+
+    Raises:
+        DeviceError: a file cannot run there, or computes something else there than here.
+    """
+    models = [read_flatbuffer(path) for path in paths]
+    nothing = Quota(1, 0, 0)
+    _Visit(
+        device, list(paths), models, 1, threads=threads, quota=nothing, target=None, progress=progress
+    ).compare_outputs()
 
 
 class _Visit:

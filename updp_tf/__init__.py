@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CalibrationError,
         FormError,
         MergeError,
+        MissingLatencyError,
         ModelError,
         OutputError,
         PlanError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from updp_tf.forms import register_form
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
+    from updp_tf.measuring import measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from updp_tf.runs import RunDir, RunWarning
     from updp_tf.scoring import CalibrationWarning
     from updp_tf.searching import SearchReport
+    from updp_tf.sweeping import Sweep, sweep
 
 _MODULE_BY_NAME = {
     "AffineConv": "affine",
@@ -51,6 +54,7 @@ _MODULE_BY_NAME = {
     "CalibrationError": "errors",
     "FormError": "errors",
     "MergeError": "errors",
+    "MissingLatencyError": "errors",
     "ModelError": "errors",
     "OutputError": "errors",
     "PlanError": "errors",
@@ -63,6 +67,7 @@ _MODULE_BY_NAME = {
     "Coupling": "isomorphic.coupling",
     "per_channel": "isomorphic.coupling",
     "register_coupling": "isomorphic.couplings",
+    "measure_latency": "measuring",
     "fold_norms": "mending",
     "reestimate_norms": "mending",
     "refit": "mending",
@@ -82,6 +87,8 @@ _MODULE_BY_NAME = {
     "RunWarning": "runs",
     "CalibrationWarning": "scoring",
     "SearchReport": "searching",
+    "Sweep": "sweeping",
+    "sweep": "sweeping",
 }
 
 __all__ = [
@@ -96,6 +103,7 @@ __all__ = [
     "FormError",
     "Genetic",
     "MergeError",
+    "MissingLatencyError",
     "ModelError",
     "NarrowingReport",
     "Options",
@@ -111,10 +119,12 @@ __all__ = [
     "SearchReport",
     "ShapeError",
     "Uniform",
+    "Sweep",
     "Unsupported",
     "UpdpError",
     "find_blocks",
     "fold_norms",
+    "measure_latency",
     "merge",
     "narrow",
     "per_channel",
@@ -128,6 +138,7 @@ __all__ = [
     "register_linear",
     "search",
     "summary",
+    "sweep",
 ]
 
 

@@ -104,6 +104,22 @@ class Blocks(Sequence[Block]):
         return Blocks(self.graph, left, self.skipped)
 
     @cached_property
+    def network_cost(self) -> Cost:
+        """What the whole network costs as it is."""
+        return network_cost(self.graph)
+
+    def with_costs(self, costs: Mapping[str, Cost], network: Cost) -> Blocks:
+        """Return the blocks with other costs: those that a latency table adds to.
+
+        Args:
+            costs: of every block, by name.
+            network: of the whole network.
+        """
+        timed = Blocks(self.graph, [replace(one, cost=costs[one.name]) for one in self._blocks], self.skipped)
+        timed.network_cost = network
+        return timed
+
+    @cached_property
     def _liveness(self) -> Liveness:
         return liveness(self.graph)
 
@@ -174,7 +190,12 @@ def _span(graph: ModelGraph, run: Sequence[Block], between: Sequence[str], live:
         join=last.join if has_skip else None,
         geometry=geometry,
         linear_refusal=Refusal(name, "linear", "it is more than one block, which is only fitted"),
-        cost=replace(cost_of(graph, nodes), activation_bytes=max(live.total[one] for one in nodes)),
+        cost=replace(
+            cost_of(graph, nodes),
+            activation_bytes=max(live.total[one] for one in nodes),
+            latency_ns=sum(block.cost.latency_ns for block in run),
+            file_bytes=sum(block.cost.file_bytes for block in run),
+        ),
         skip_cost=Cost(),
         live_bytes=max(live.total[one] - live.of(one, inside) for one in nodes),
         geometry_refusal=refusal,

@@ -70,6 +70,15 @@ class Precision(StrEnum):
     int16x8 = "int16x8"
 
 
+class TablePrecision(StrEnum):
+    """Schemes that a latency table can be measured in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    dynamic = "dynamic"
+    int8 = "int8"
+
+
 class Target(StrEnum):
     """Accelerators that `export` writes for."""
 
@@ -90,6 +99,28 @@ Images = Annotated[
         help="Unlabelled images as the model reads them: FILE.npy, FILE.npz, or FILE.npz:KEY.",
     ),
 ]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency", metavar="TABLE.csv", help="What blocks take on a device, as `updp-tf latency` writes it."
+    ),
+]
+Threads = Annotated[int, typer.Option(min=1, help="That one inference may use.")]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to run: local, adb or adb:SERIAL, ssh:user@host[:port], edgetpu, ethos-u55-256 (an estimate), "
+        "or file:LOGS of benchmark_model.",
+    ),
+]
+DelegateName = Annotated[str, typer.Option("--delegate", help="What runs the operators: cpu, gpu, nnapi or edgetpu.")]
+Tool = Annotated[
+    Path | None,
+    typer.Option("--benchmark-model", metavar="BINARY", help="The vendor's tool, built for the device."),
+]
+BoardPython = Annotated[str, typer.Option("--python", metavar="PYTHON", help="The Python of a board.")]
+SshConfig = Annotated[Path | None, typer.Option("--ssh-config", metavar="FILE", help="In place of ~/.ssh/config.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -154,7 +185,9 @@ def prune(
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="What to keep: macs=0.7, params_max=200000, merged=5 ...; several hold together."
+            metavar="KEY=VALUE",
+            help="What to keep: macs=0.7, params_max=200000, merged=5, with a table latency=0.6, latency_ms=1.2, "
+            "bytes_max=2000000; several hold together.",
         ),
     ] = None,
     max_drop: Annotated[
@@ -171,6 +204,7 @@ def prune(
     method: Annotated[
         str, typer.Option(help="How to search: additive, exact (measures plans on images), genetic, random, uniform.")
     ] = "additive",
+    latency: Table = None,
     plan_out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Where the plan goes.")] = None,
     as_json: Json = False,
     force: Force = False,
@@ -197,6 +231,7 @@ def prune(
             keep=keep or (),
             forms=form or None,
             method=method,
+            latency=latency,
             options=None if start is None else updp_tf.Options(start=start.value),
         )
         small.save(file)
@@ -204,6 +239,57 @@ def prune(
             plan_file.write_text(small.pruning.plan.to_json(), encoding="utf-8")
         document = {"output": str(output), **small.pruning.as_json()}
         show(document if as_json else updp_tf.summary(loaded, small))
+
+
+@app.command()
+def sweep(
+    model: KerasFile,
+    calibration: Images = None,
+    latency: Table = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Of the budgets; default: latency with a table, macs without.")
+    ] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(metavar="FRACTION", help="Of the original; repeatable; default: 0.95 to 0.3.")
+    ] = None,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Merge every plan and compare its answers on held-out images.")
+    ] = False,
+    keep: Annotated[list[str] | None, typer.Option(metavar="BLOCK", help="A block never to touch; repeatable.")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(metavar="FORM", help="A form to consider; repeatable; default: all.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="ROWS.csv", help="Write the table there, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PLOT.png", help="Draw it: .png, .svg or .pdf.")] = None,
+    plans: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for the plans, as JSON.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """List the best plan for each of many budgets, from one set of scores."""
+    with _working(debug) as show, _maybe_written(csv, force=force) as csv_file:
+        images = _load_array(calibration, "calibration images") if calibration is not None else None
+        loaded = _load_model(model)
+        import updp_tf
+
+        options: dict[str, Any] = {} if not budget else {"budgets": budget}
+        found = updp_tf.sweep(
+            loaded,
+            calibration=images,
+            unit=unit,
+            agreement=agreement,
+            keep=keep or (),
+            forms=form or None,
+            latency=latency,
+            **options,
+        )
+        if csv_file is not None:
+            csv_file.write_text(found.as_csv(), encoding="utf-8")
+        if plot is not None:
+            found.plot(plot, force=force)
+        if plans is not None:
+            found.save_plans(plans, force=force)
+        show(found.as_json() if as_json else str(found))
 
 
 @app.command()
@@ -229,7 +315,9 @@ def merge(
             loaded, plan, calibration=images, options=None if start is None else updp_tf.Options(start=start.value)
         )
         small.save(file)
-        costs = {key: asdict(network_cost(prepared_graph(one))) for key, one in (("before", loaded), ("after", small))}
+        costs = {
+            key: network_cost(prepared_graph(one)).as_json() for key, one in (("before", loaded), ("after", small))
+        }
         document = {"output": str(output), "plan": str(plan), **costs}
         show(document if as_json else updp_tf.summary(loaded, small))
 
@@ -267,20 +355,12 @@ def bench(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="A.tflite B.tflite ...", help="Ratios are to the first.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="That one inference may use.")] = 1,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Where to run: local, adb or adb:SERIAL, ssh:user@host[:port], edgetpu, ethos-u55-256 (an estimate), "
-            "or file:LOGS of benchmark_model."
-        ),
-    ] = "local",
-    delegate: Annotated[str, typer.Option(help="What runs the operators: cpu, gpu, nnapi or edgetpu.")] = "cpu",
-    benchmark_model: Annotated[
-        Path | None, typer.Option(metavar="BINARY", help="The vendor's tool, built for the device.")
-    ] = None,
-    python: Annotated[str, typer.Option(metavar="PYTHON", help="The Python of a board.")] = "python3",
-    ssh_config: Annotated[Path | None, typer.Option(metavar="FILE", help="In place of ~/.ssh/config.")] = None,
+    threads: Threads = 1,
+    device: DeviceName = "local",
+    delegate: DelegateName = "cpu",
+    benchmark_model: Tool = None,
+    python: BoardPython = "python3",
+    ssh_config: SshConfig = None,
     min_seconds: Annotated[float, typer.Option(min=0, help="Least running time of each file.")] = 3.0,
     check_outputs: Annotated[
         bool, typer.Option(help="Compare the outputs there with those on this machine first.")
@@ -311,6 +391,59 @@ def bench(
             progress=progress,
         )
         show(table.as_json() if as_json else str(table))
+
+
+@app.command("latency")
+def measure_latencies(
+    model: KerasFile,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="TABLE.csv",
+            help="Rows go there while they are measured; one that exists goes on.",
+        ),
+    ],
+    precision: Annotated[TablePrecision, typer.Option(help="Of the files that are timed.")] = TablePrecision.float32,
+    threads: Threads = 1,
+    device: DeviceName = "local",
+    delegate: DelegateName = "cpu",
+    benchmark_model: Tool = None,
+    python: BoardPython = "python3",
+    ssh_config: SshConfig = None,
+    form: Annotated[
+        list[str] | None, typer.Option(metavar="FORM", help="A form to time; repeatable; default: all.")
+    ] = None,
+    spans: Annotated[int, typer.Option(min=1, help="Up to how many blocks in a row one form may replace.")] = 1,
+    networks: Annotated[int, typer.Option(min=0, help="Whole networks that the sum of parts is corrected by.")] = 6,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Of timing; what is not settled then is noisy.")] = 300.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time every block and every form it can take on a device: the table that `prune --latency` reads."""
+    with _working(debug) as show:
+        loaded = _load_model(model)
+        import tflite_export
+        import updp_tf
+
+        table = updp_tf.measure_latency(
+            loaded,
+            out=output,
+            device=device,
+            device_options=tflite_export.DeviceOptions(
+                delegate=delegate, benchmark_model=benchmark_model, python=python, ssh_config=ssh_config
+            ),
+            precision=precision.value,
+            threads=threads,
+            forms=form or None,
+            spans=spans,
+            networks=networks,
+            max_seconds=max_seconds,
+        )
+        rows = [row.as_json() for row in table.rows]
+        document = {"output": str(output), "rows": rows, "correction": str(table.correction)}
+        show(document if as_json else str(table))
 
 
 @app.command()
@@ -371,6 +504,27 @@ def ethosu(
         import tflite_export
 
         result = tflite_export.compile_ethosu(model, accelerator, output, force=force)
+        show(result.as_json() if as_json else str(result))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="With what prune, sweep, bench, latency and training wrote.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where it goes; default: RUN_DIR.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page; default: the model's name.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page, and the same as Markdown, from the records in a folder."""
+    with _working(debug) as show:
+        import tflite_export
+
+        result = tflite_export.write_report(run_dir, out=output, title=title, force=force)
         show(result.as_json() if as_json else str(result))
 
 

@@ -10,9 +10,33 @@ from typing import Any
 from updp_tf.errors import BudgetError
 from updp_tf.structure import Cost
 
-UNIT_NAMES = {"macs": "MACs", "params": "parameters", "activation_bytes": "bytes of activations"}
-ADDITIVE_UNITS = ("macs", "params")  # the others take the maximum over the parts: see `Cost.__add__`
-VALID_KEYS = (*UNIT_NAMES, *(f"{unit}_max" for unit in UNIT_NAMES), "merged")
+FRACTIONS = {
+    "macs": "macs",
+    "params": "params",
+    "activation_bytes": "activation_bytes",
+    "latency": "latency_ns",
+    "bytes": "file_bytes",
+}
+"""Keys of a budget that are fractions of the original, and the attribute of `Cost` that each limits."""
+ABSOLUTES = {
+    "macs_max": "macs",
+    "params_max": "params",
+    "activation_bytes_max": "activation_bytes",
+    "latency_ms": "latency_ns",
+    "bytes_max": "file_bytes",
+}
+"""Keys that are absolute."""
+UNIT_NAMES = {
+    "macs": "MACs",
+    "params": "parameters",
+    "activation_bytes": "bytes of activations",
+    "latency_ns": "nanoseconds",
+    "file_bytes": "bytes of the .tflite file",
+}
+TABLE_UNITS = ("latency_ns", "file_bytes")  # known only with a latency table
+ADDITIVE_UNITS = ("macs", "params", *TABLE_UNITS)  # the others take the maximum over the parts: see `Cost.__add__`
+VALID_KEYS = (*FRACTIONS, *ABSOLUTES, "merged")
+NS_PER_MS = 10**6
 # 0.29 * 100 is 28.999999999999996 in binary: without this a fraction could lose one unit
 FRACTION_SLACK = 1e-12
 
@@ -23,7 +47,7 @@ class Limit:
 
     Attributes:
         key: as the user wrote it, for instance `macs` or `macs_max`.
-        value: a fraction of the original in (0, 1], or an absolute number where `key` ends in `_max`.
+        value: a fraction of the original in (0, 1], or an absolute number where `key` is one of `ABSOLUTES`.
     """
 
     key: str
@@ -32,15 +56,17 @@ class Limit:
     @property
     def unit(self) -> str:
         """Name of the attribute of `Cost` that is limited."""
-        return self.key.removesuffix("_max")
+        return FRACTIONS.get(self.key) or ABSOLUTES[self.key]
 
     @property
     def is_fraction(self) -> bool:
         """True where `value` is a fraction of the original."""
-        return self.key == self.unit
+        return self.key in FRACTIONS
 
     def bound(self, original: Cost) -> int:
         """Return the most there may be, in whole units, where the untouched network costs `original`."""
+        if self.key == "latency_ms":
+            return math.floor(self.value * NS_PER_MS * (1 + FRACTION_SLACK))
         if not self.is_fraction:
             return int(self.value)
         return math.floor(self.value * getattr(original, self.unit) * (1 + FRACTION_SLACK))
@@ -66,8 +92,9 @@ class Budget:
         """Return the budget that a mapping such as `{"macs": 0.7}` or `{"params_max": 200_000}` asks for.
 
         Args:
-            asked: `macs`, `params`, `activation_bytes`: fraction of the original kept, in (0, 1]; `macs_max`,
-                `params_max`, `activation_bytes_max`: whole numbers; `merged`: how many blocks, exactly.
+            asked: `macs`, `params`, `activation_bytes`, `latency`, `bytes`: fraction of the original kept, in (0, 1];
+                `macs_max`, `params_max`, `activation_bytes_max`, `bytes_max`: whole numbers; `latency_ms`:
+                milliseconds; `merged`: how many blocks, exactly. Latency and bytes are those of a latency table.
 
         Raises:
             BudgetError: no mapping, an unknown key, or a value that does not fit its key.
@@ -82,10 +109,12 @@ class Budget:
         for key, value in asked.items():
             if key == "merged":
                 merged = _whole_number(key, value, of="blocks")
-            elif key in UNIT_NAMES:
+            elif key in FRACTIONS:
                 limits.append(Limit(key, _fraction(key, value)))
-            elif key in VALID_KEYS:
-                limits.append(Limit(key, _whole_number(key, value, of=UNIT_NAMES[key.removesuffix("_max")])))
+            elif key == "latency_ms":
+                limits.append(Limit(key, _milliseconds(key, value)))
+            elif key in ABSOLUTES:
+                limits.append(Limit(key, _whole_number(key, value, of=UNIT_NAMES[ABSOLUTES[key]])))
             else:
                 raise BudgetError(f"A budget cannot be in {key!r}: use {', '.join(VALID_KEYS)}.")
         return cls(tuple(limits), merged)
@@ -100,6 +129,11 @@ class Budget:
     def unit(self) -> str:
         """The unit in which a form may not be dearer than its block: the first limited one, else `macs`."""
         return self.limits[0].unit if self.limits else "macs"
+
+    @property
+    def needs_table(self) -> str | None:
+        """The first key that only a latency table gives a meaning to, or None."""
+        return next((limit.key for limit in self.limits if limit.unit in TABLE_UNITS), None)
 
     def bounds(self, original: Cost) -> dict[str, int]:
         """Return the most there may be of every limited unit, where the untouched network costs `original`."""
@@ -123,12 +157,17 @@ def total(parts: Iterable[Cost]) -> Cost:
 
 
 def is_dearer(form_cost: Cost, block_cost: Cost, unit: str) -> bool:
-    """True where a form costs more than the block it would replace, in one unit of `Cost`."""
-    return bool(getattr(form_cost, unit) > getattr(block_cost, unit))
+    """True where a form costs more than the block it would replace, in one unit of `Cost` or in measured time.
+
+    Time counts whatever the budget: who has measured does not want a form that is slower than what was there.
+    """
+    return bool(getattr(form_cost, unit) > getattr(block_cost, unit) or form_cost.latency_ns > block_cost.latency_ns)
 
 
 def readable(amount: int, unit: str) -> str:
-    """Return an amount of a unit for people: `222.6 M` MACs or parameters, `1.2 MB` of activations."""
+    """Return an amount of a unit for people: `222.6 M` MACs or parameters, `1.2 MB`, `3.14 ms`."""
+    if unit == "latency_ns":
+        return f"{amount / NS_PER_MS:.4g} ms"
     suffix = "B" if unit.endswith("bytes") else ""
     for factor, prefix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if amount >= factor:
@@ -142,7 +181,8 @@ def _fraction(key: str, value: Any) -> float:
     hint = ""
     if _is_number(value) and value > 1:
         fraction = f"{value / 100:g}, or " if value <= 100 else ""
-        hint = f' Did you mean {fraction}{{"{key}_max": {value}}}?'
+        absolute = next(one for one, unit in ABSOLUTES.items() if unit == FRACTIONS[key])
+        hint = f' Did you mean {fraction}{{"{absolute}": {value}}}?'
     raise BudgetError(
         f"{key!r} is a fraction of the original to keep, above 0 and at most 1. Received: {value!r}.{hint}"
     )
@@ -152,11 +192,17 @@ def _whole_number(key: str, value: Any, *, of: str) -> int:
     if _is_number(value):
         if float(value).is_integer() and value >= 1:
             return int(value)
-        unit = key.removesuffix("_max")
-        hint = f' For a fraction use {{"{unit}": {value}}}.' if unit in UNIT_NAMES and 0 < value <= 1 else ""
+        fraction = key.removesuffix("_max")
+        hint = f' For a fraction use {{"{fraction}": {value}}}.' if fraction in FRACTIONS and 0 < value <= 1 else ""
     else:
         hint = ""
     raise BudgetError(f"{key!r} is a whole number of {of}, 1 or more. Received: {value!r}.{hint}")
+
+
+def _milliseconds(key: str, value: Any) -> float:
+    if _is_number(value) and value > 0:
+        return float(value)
+    raise BudgetError(f"{key!r} is a number of milliseconds above 0. Received: {value!r}.")
 
 
 def _is_number(value: Any) -> bool:

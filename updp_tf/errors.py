@@ -21,6 +21,13 @@ class BudgetError(UpdpError, ValueError):
     """A budget that is malformed, or that no plan meets."""
 
 
+class MissingLatencyError(UpdpError, KeyError):
+    """A latency table without a row that is needed."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show its message in quotes
+
+
 class PlanError(UpdpError, ValueError):
     """A plan that is malformed, or that was made for another model."""
 

@@ -101,6 +101,9 @@ class Form(Protocol):
     def window(self, block: Block) -> Window | None:
         """The input pixels that it reads for an output pixel, or None if it needs no fit."""
 
+    def sketch(self, block: Block, *, skip: SkipMode) -> Fitted:
+        """Maps of the geometry that a fit would give, with random weights: what is timed before anything is fitted."""
+
     @property
     def evidence(self) -> Evidence:
         """What it is fitted to: `moments` for a linear regression, `samples` for everything else."""
@@ -182,7 +185,11 @@ def _cost(
 
 def cost_of_fitted(form: Form, block: Block, fitted: Fitted, *, skip: SkipMode) -> Cost:
     """Return what a form costs with the maps it was fitted to: a border is one more tensor written."""
-    cost = form.cost(block, skip=skip)
+    return with_border(form.cost(block, skip=skip), block, fitted)
+
+
+def with_border(cost: Cost, block: Block, fitted: Fitted) -> Cost:
+    """Return the cost of a form with that of the border it was fitted with, if any."""
     if fitted.border is None:
         return cost
     adding = block.live_bytes + 2 * 4 * _positions(block) * block.c_out
@@ -249,6 +256,14 @@ class ConvForm:
     def window(self, block: Block) -> Window | None:
         """The kernel's own window."""
         return window_of_size(block, self.kernel_size)
+
+    def sketch(self, block: Block, *, skip: SkipMode) -> Fitted:
+        """A dense kernel."""
+        window = _window_or_raise(self, block)
+        rng = np.random.default_rng(0)
+        weights = _random(rng, window.n_taps * block.c_in, block.c_out)
+        maps = (_as_map(window, weights, _random(rng, 1, block.c_out)[0]),)
+        return Fitted(maps, keeps_skip=skip == "kept" and block.skip is not None)
 
     @property
     def evidence(self) -> Evidence:
@@ -341,6 +356,14 @@ class SeparableForm:
         """The depthwise kernel's window."""
         return window_of_size(block, self.kernel_size)
 
+    def sketch(self, block: Block, *, skip: SkipMode) -> Fitted:
+        """A depthwise and a pointwise kernel."""
+        window = _window_or_raise(self, block)
+        rng = np.random.default_rng(0)
+        depthwise = _depthwise_map(window, _random(rng, window.n_taps, block.c_in))
+        pointwise = AffineConv(_random(rng, block.c_in, block.c_out)[None, None], _random(rng, 1, block.c_out)[0])
+        return Fitted((depthwise, pointwise), keeps_skip=block.skip is not None)
+
     @property
     def evidence(self) -> Evidence:
         """Samples: the fit is bilinear."""
@@ -352,13 +375,7 @@ class SeparableForm:
             raise FormError(f"'{self.name}' is fitted to images: give calibration images.")
         skipped = 0.0 if block.skip is None else evidence.skip(block.skip)
         depthwise, pointwise, bias = evidence.fit_depthwise_pointwise(evidence.outputs - skipped, ridge=ridge)
-        window = evidence.window
-        first = affine.from_depthwise(
-            depthwise.reshape(*window.kernel_size, -1, 1),
-            np.zeros(depthwise.shape[1]),
-            strides=window.strides,
-            padding=window.padding,
-        )
+        first = _depthwise_map(evidence.window, depthwise)
         fitted = Fitted((first, AffineConv(pointwise[None, None], bias)), block.skip is not None)
         return replace(fitted, r2=explained_by(block, fitted, evidence))
 
@@ -397,6 +414,12 @@ class ScaleForm:
     def window(self, block: Block) -> Window | None:
         """A pixel."""
         return window_of_size(block, 1)
+
+    def sketch(self, block: Block, *, skip: SkipMode) -> Fitted:
+        """A scale and an offset that are not those of the identity."""
+        rng = np.random.default_rng(0)
+        map = affine.from_scale(1 + _random(rng, 1, block.c_in)[0], _random(rng, 1, block.c_in)[0])
+        return Fitted((map,), keeps_skip=False, statistics=(np.zeros(block.c_in), np.ones(block.c_in)))
 
     @property
     def evidence(self) -> Evidence:
@@ -442,6 +465,10 @@ class RemoveForm:
         """A 1x1 window where it can be had, so that R^2 can be told."""
         return window_of_size(block, 1)
 
+    def sketch(self, block: Block, *, skip: SkipMode) -> Fitted:
+        """Nothing but the skip."""
+        return Fitted((), keeps_skip=True)
+
     @property
     def evidence(self) -> Evidence:
         """Samples: they tell what the skip alone explains."""
@@ -456,6 +483,28 @@ class RemoveForm:
     ) -> Fitted | Refusal:
         """Nothing is taken over; without images nobody knows what it costs."""
         return Refusal(block.name, self.name, "needs calibration images: nothing else tells what the block does")
+
+
+def _window_or_raise(form: Form, block: Block) -> Window:
+    window = form.window(block)
+    if window is None:
+        raise FormError(f"'{block.name}' has no window for {form.name}.")
+    return window
+
+
+def _random(rng: np.random.Generator, n_in: int, n_out: int) -> np.ndarray:
+    """Random weights of shape (n_in, n_out) that neither blow values up nor let them vanish."""
+    return rng.standard_normal((n_in, n_out)) / np.sqrt(max(n_in, 4))
+
+
+def _depthwise_map(window: Window, weights: np.ndarray) -> AffineConv:
+    """Return the map of one kernel per channel, weights of shape (taps, c_in), without a bias."""
+    return affine.from_depthwise(
+        weights.reshape(*window.kernel_size, -1, 1),
+        np.zeros(weights.shape[1]),
+        strides=window.strides,
+        padding=window.padding,
+    )
 
 
 def _as_map(window: Window, weights: np.ndarray, bias: np.ndarray) -> AffineConv:

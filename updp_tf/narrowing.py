@@ -204,6 +204,8 @@ def _checked(ratio: Any, budget: Any, scope: str, importance: str, round_to: int
     limits = Budget.parse(budget)
     if limits.merged is not None:
         raise BudgetError("`narrow` merges no blocks: a budget of merged blocks is for `prune`.")
+    if limits.needs_table is not None:
+        raise BudgetError(f"A latency table knows no narrower layers: '{limits.needs_table}' is for `prune`.")
     return limits
 
 

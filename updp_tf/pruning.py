@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,12 +24,26 @@ from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
 from updp_tf.reconstructing import reconstruct
-from updp_tf.reporting import PruningReport
-from updp_tf.scoring import Sampler, Scores, Start, require_names, score, score_without_images, start_without_images
+from updp_tf.reporting import PruningReport, scored_blocks
+from updp_tf.scoring import (
+    FormCost,
+    Sampler,
+    Scores,
+    Start,
+    own_cost,
+    require_names,
+    score,
+    score_without_images,
+    start_without_images,
+)
 from updp_tf.searching import SearchReport, Solution, Space
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, Refusal, block_name
+from updp_tf.timing import with_latencies
 from updp_tf.walking import Progress
+
+if TYPE_CHECKING:
+    from tflite_export import LatencyTable
 
 DEFAULT_BUDGET = {"macs": 0.8}
 """What `prune(model)` aims at where nothing is asked."""
@@ -79,6 +93,7 @@ def prune(
     forms: Sequence[str] | None = None,
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
+    latency: LatencyTable | str | os.PathLike[str] | None = None,
     options: Options | None = None,
     verbose: bool = True,
 ) -> Any:
@@ -89,8 +104,9 @@ def prune(
         calibration: a few hundred unlabelled images as the model reads them: an array, a `tf.data.Dataset`, a
             `PyDataset` or any iterable of batches. Without them only the blocks' own norms are used.
         budget: what is kept: `{"macs": 0.7}`, `params`, `activation_bytes` as fractions, `macs_max` and so on as
-            absolute numbers, `{"merged": 5}` for a number of blocks; several hold together. 0.8 of the MACs, or the
-            nearest that can be had, where neither this nor `max_drop` is given.
+            absolute numbers, `{"merged": 5}` for a number of blocks; several hold together. With a latency table also
+            `{"latency": 0.6}`, `{"latency_ms": 1.2}`, `{"bytes": 0.5}` and `{"bytes_max": 2_000_000}`. 0.8 of the
+            MACs, or the nearest that can be had, where neither this nor `max_drop` is given.
         max_drop: the accuracy side: `{"agreement": 0.02}` gives the smallest plan that keeps the class of at least
             98 % of held-out calibration images; `{"score": x}` the same for `score_fn`.
         keep: names of blocks never to touch.
@@ -99,6 +115,8 @@ def prune(
         method: how to search: `additive` (the smallest sum of scores), `exact` (the best few sums measured together on
             held-out images, then swaps), `genetic`, `random`, `uniform`, or one of `Exact`, `Genetic`, ... with its
             settings.
+        latency: what blocks and forms take on a device, as `measure_latency` returns it, or its file; no form that it
+            says is slower than its block is picked, whatever the budget.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 
@@ -115,14 +133,13 @@ def prune(
         >>> print(small.pruning)  # doctest: +SKIP
     """
     options, start = _started(options, calibration)
-    blocks = find_blocks(model)
-    require_blocks(blocks)
+    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(latency), forms, options)
     limit = drop_limit(model, budget, max_drop, score_fn)
     way = method_of(method)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
-        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, score_fn, options) as judge:
             if limit is not None:
                 found, merged = _from_accuracy(model, blocks, scores, images, limit, way, judge, options, progress)
@@ -142,14 +159,15 @@ def prune(
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
-        before=network_cost(blocks.graph),
-        after=network_cost(prepared_graph(merged.model)),
+        before=blocks.network_cost,
+        after=_like(network_cost(prepared_graph(merged.model)), found.solution.cost),
         agreement=agreement,
         refitted=merged.refitted,
         refusals=(*blocks.skipped, *scores.refusals),
         error=merged.error,
         notes=notes,
         search=found.report,
+        network=scored_blocks(blocks, scores.candidates),
     )
     merged.model.pruning = report
     return merged.model
@@ -164,6 +182,7 @@ def search(
     forms: Sequence[str] | None = None,
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
+    latency: LatencyTable | str | os.PathLike[str] | None = None,
     options: Options | None = None,
     path: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -179,6 +198,7 @@ def search(
         forms: as for `prune`.
         score_fn: as for `prune`; what `method` measures plans with.
         method: as for `prune`.
+        latency: as for `prune`.
         options: as for `prune`.
         path: write the plan there, and the fitted arrays beside it, so that `merge` needs no images.
         force: replace files that exist.
@@ -190,10 +210,9 @@ def search(
     """
     options, start = _started(options, calibration)
     way = method_of(method)
-    blocks = find_blocks(model)
-    require_blocks(blocks)
+    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(latency), forms, options)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
-        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, progress)
+        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, score_fn, options) as judge:
             found = _choose(blocks, scores, budget, way, judge, progress)
     fitted = {block_name(one.blocks): scores.fitted[one.key] for one in found.solution.chosen}
@@ -201,6 +220,68 @@ def search(
     if path is not None:
         plan.save(path, _arrays(plan, fitted), force=force)
     return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A model whose forms are fitted and scored: plans for any budget come from it at once.
+
+    Attributes:
+        model: the model.
+        blocks: its blocks, with measured times where there is a latency table.
+        scores: of every form of every block.
+        images: checked calibration images, None where there are none.
+        options: with the start filled in.
+        progress: callback, or None.
+    """
+
+    model: Any
+    blocks: Blocks
+    scores: Scores
+    images: np.ndarray | None
+    options: Options
+    progress: Progress | None
+
+    def plan(self, budget: Mapping[str, float]) -> tuple[Plan, Solution]:
+        """Return the plan with the smallest sum of scores within a budget.
+
+        Raises:
+            BudgetError: no choice is within the budget, or the model is within it as it is.
+        """
+        found = _choose(self.blocks, self.scores, budget, method_of("additive"), None, self.progress)
+        fitted = {block_name(one.blocks): self.scores.fitted[one.key] for one in found.solution.chosen}
+        return _plan(self.model, self.blocks, found, fitted, budget), found.solution
+
+    def agreement(self, solution: Solution) -> float:
+        """Merge a choice and return the part of held-out images that get the class the original gives them.
+
+        Raises:
+            CalibrationError: there are no images, or the model gives no classes.
+        """
+        if self.images is None or not gives_classes(self.model):
+            raise CalibrationError("The agreement of plans needs calibration images and a model that writes classes.")
+        merged = _merge(self.blocks, solution.chosen, self.images, self.scores, self.options, self.progress)
+        return 1.0 - agreement_drop(*held_out_outputs(self.model, merged.model, self.images))
+
+
+@contextmanager
+def scored(
+    model: Any,
+    *,
+    calibration: Any,
+    budget: Budget,
+    keep: Iterable[str],
+    forms: Sequence[str] | None,
+    table: LatencyTable | None,
+    options: Options | None,
+    verbose: bool,
+) -> Iterator[Scored]:
+    """Give a model with all forms scored, as `prune` and `search` score them."""
+    options, start = _started(options, calibration)
+    blocks, cost_of = _costed(find_blocks(model), budget, table, forms, options)
+    with _images(blocks, calibration, options) as images, shown(verbose) as progress:
+        scores = _score(blocks, images, budget, keep, forms, start, options, cost_of, progress)
+        yield Scored(model, blocks, scores, images, options, progress)
 
 
 def merge(
@@ -318,11 +399,12 @@ def _score(
     forms: Sequence[str] | None,
     start: Start,
     options: Options,
+    cost_of: FormCost,
     progress: Progress | None,
 ) -> Scores:
     keep = tuple(keep)
     require_names(keep, blocks)
-    wanted: Sequence[Form] = all_forms() if forms is None else [form_by_name(name) for name in forms]
+    wanted = _wanted(forms)
     if start != "least_squares":
         found = score_without_images(
             blocks,
@@ -331,6 +413,7 @@ def _score(
             unit=budget.unit,
             start=start,
             exact_borders=options.exact_borders,
+            cost_of=cost_of,
         )
         kept = tuple(one for one in found.candidates if one.blocks[0] not in keep)
         return replace(found, candidates=kept)
@@ -348,8 +431,42 @@ def _score(
         ridge=options.ridge,
         seed=options.seed,
         memory_bytes=options.memory_bytes,
+        cost_of=cost_of,
         progress=progress,
     )
+
+
+def _wanted(forms: Sequence[str] | None) -> Sequence[Form]:
+    return all_forms() if forms is None else [form_by_name(name) for name in forms]
+
+
+def _costed(
+    blocks: Blocks, budget: Budget, table: LatencyTable | None, forms: Sequence[str] | None, options: Options
+) -> tuple[Blocks, FormCost]:
+    """Return the blocks and what forms cost, with the times of a table where there is one."""
+    require_blocks(blocks)
+    if table is not None:
+        return with_latencies(blocks, table, forms=_wanted(forms), skip=options.skip, spans=options.spans)
+    if budget.needs_table is not None:
+        raise BudgetError(
+            f"A budget in '{budget.needs_table}' needs a latency table: "
+            "give latency=updp_tf.measure_latency(model) (--latency TABLE.csv)."
+        )
+    return blocks, own_cost
+
+
+def read_table(latency: LatencyTable | str | os.PathLike[str] | None) -> LatencyTable | None:
+    """Return a latency table, read from its file where that is given."""
+    if not isinstance(latency, str | os.PathLike):
+        return latency
+    from tflite_export import LatencyTable
+
+    return LatencyTable.load(latency)
+
+
+def _like(cost: Cost, predicted: Cost) -> Cost:
+    """Return what a built network costs, with the time and the bytes that were predicted."""
+    return replace(cost, latency_ns=predicted.latency_ns, file_bytes=predicted.file_bytes)
 
 
 @dataclass(frozen=True)
@@ -408,11 +525,13 @@ def _judge(
 
 def _rest(blocks: Blocks) -> Cost:
     """Cost of the network outside its blocks."""
-    whole = network_cost(blocks.graph)
+    whole = blocks.network_cost
     return Cost(
         macs=whole.macs - sum(block.cost.macs for block in blocks),
         params=whole.params - sum(block.cost.params for block in blocks),
         activation_bytes=_outside_peak(blocks),
+        latency_ns=whole.latency_ns - sum(block.cost.latency_ns for block in blocks),
+        file_bytes=whole.file_bytes - sum(block.cost.file_bytes for block in blocks),
     )
 
 
@@ -489,7 +608,7 @@ def _from_accuracy(
     options: Options,
     progress: Progress | None,
 ) -> tuple[Found, Merged]:
-    """Bisect the MACs budget to the smallest plan whose measured drop is within the bound."""
+    """Bisect the budget, time where it was measured, else MACs, to the smallest plan whose drop is within the bound."""
     if images is None:
         raise CalibrationError("`max_drop` is measured on held-out calibration images; give calibration images.")
     if not Sampler(len(images)).holds_out:
@@ -497,16 +616,18 @@ def _from_accuracy(
             f"`max_drop` holds a tenth of the images out: {len(images)} are too few, give 20 or more."
         )
 
+    key, unit = ("latency", "latency_ns") if blocks.network_cost.latency_ns else ("macs", "macs")
+
     def attempt(fraction: float) -> tuple[tuple[Found, Merged], float] | None:
         try:
-            found = _choose(blocks, scores, {"macs": fraction}, method, judge, progress)
+            found = _choose(blocks, scores, {key: fraction}, method, judge, progress)
         except BudgetError:
             return None
         merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)
         return (found, merged), limit.drop_of(*held_out_outputs(model, merged.model, images))
 
-    smallest = _space(blocks, scores, {"macs_max": 1}, or_nearest=True).solution
-    low = smallest.cost.macs / network_cost(blocks.graph).macs
+    smallest = _space(blocks, scores, {key: 1e-9}, or_nearest=True).solution
+    low = getattr(smallest.cost, unit) / getattr(blocks.network_cost, unit)
     return smallest_within(limit.bound, low, attempt)
 
 

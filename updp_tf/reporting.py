@@ -3,15 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from updp_tf.blocks import network_cost, prepared_graph
+from updp_tf.blocks import Blocks, network_cost, prepared_graph
 from updp_tf.merging import MergedBlock
 from updp_tf.planning import Plan
 from updp_tf.searching import SearchReport
-from updp_tf.structure import Cost, Refusal
+from updp_tf.structure import Candidate, Cost, Refusal
+
+
+@dataclass(frozen=True)
+class ScoredForm:
+    """One form that a block could have taken.
+
+    Attributes:
+        form: its name; of a span also how many blocks it would replace.
+        score: what it was expected to cost in accuracy.
+        r2: explained part of the block's output, None where nothing was measured.
+        cost: in the block's place.
+    """
+
+    form: str
+    score: float
+    r2: float | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """A block of the original network, and what it could have become.
+
+    Attributes:
+        name: of the block.
+        entry_shape: of what it reads, without the batch axis.
+        exit_shape: of what it writes, without the batch axis.
+        skip: `none`, `identity` or `projection`.
+        cost: of the block as it is.
+        forms: that were scored, spans under their first block.
+    """
+
+    name: str
+    entry_shape: tuple[int | None, ...]
+    exit_shape: tuple[int | None, ...]
+    skip: str
+    cost: Cost
+    forms: tuple[ScoredForm, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data, costs among the other fields."""
+        forms = [{"form": one.form, "score": one.score, "r2": one.r2, **one.cost.as_json()} for one in self.forms]
+        shapes = {"entry_shape": list(self.entry_shape), "exit_shape": list(self.exit_shape)}
+        return {"name": self.name, **shapes, "skip": self.skip, **self.cost.as_json(), "forms": forms}
+
+
+def scored_blocks(blocks: Blocks, candidates: Iterable[Candidate]) -> tuple[ScoredBlock, ...]:
+    """Return every block with the forms that were scored for it."""
+    forms: dict[str, list[ScoredForm]] = {block.name: [] for block in blocks}
+    for one in candidates:
+        name = one.form if len(one.blocks) == 1 else f"{one.form} for {len(one.blocks)} blocks"
+        forms[one.blocks[0]].append(ScoredForm(name, one.score, one.r2, one.cost))
+    return tuple(
+        ScoredBlock(
+            block.name,
+            block.entry_shape[1:],
+            block.exit_shape[1:],
+            block.skip_kind,
+            block.cost,
+            tuple(forms[block.name]),
+        )
+        for block in blocks
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +92,7 @@ class PruningReport:
         error: largest relative error of the built model on probe images.
         notes: sentences for people.
         search: what the search for the plan looked at.
+        network: every block in order, and the forms that were scored for it.
     """
 
     plan: Plan
@@ -41,20 +105,22 @@ class PruningReport:
     error: float
     notes: tuple[str, ...]
     search: SearchReport
+    network: tuple[ScoredBlock, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
         return {
             "plan": json.loads(self.plan.to_json()),
             "blocks": [asdict(block) for block in self.blocks],
-            "before": asdict(self.before),
-            "after": asdict(self.after),
+            "before": self.before.as_json(),
+            "after": self.after.as_json(),
             "agreement": self.agreement,
             "refitted": dict(self.refitted),
             "refusals": [asdict(refusal) for refusal in self.refusals],
             "error": self.error,
             "notes": list(self.notes),
             "search": self.search.as_json(),
+            "network": [block.as_json() for block in self.network],
         }
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,16 +18,16 @@ from updp_tf.forms import (
     Form,
     SkipMode,
     all_forms,
-    cost_of_fitted,
     explained_by,
     explains_all_of,
+    with_border,
 )
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory
 from updp_tf.moments import MAX_DENSE_UNKNOWNS, Centred, Moments
 from updp_tf.samples import Samples
 from updp_tf.solving import RIDGE
 from updp_tf.starts import gaussian_start, identity_start
-from updp_tf.structure import Block, Candidate, ModelGraph, Ref, Refusal, as_images
+from updp_tf.structure import Block, Candidate, Cost, ModelGraph, Ref, Refusal, as_images
 from updp_tf.walking import Progress, Walk, one_blas_thread, units
 from updp_tf.windows import Window, draw
 
@@ -73,8 +73,23 @@ def skip_mode(block: Block, skip: str) -> SkipMode:
     return "kept" if skip == "kept" else "folded"
 
 
+FormCost = Callable[[Form, Block, SkipMode], Cost]
+"""What a form costs in the place of a block."""
+
+
+def own_cost(form: Form, block: Block, mode: SkipMode) -> Cost:
+    """What the form itself says it costs."""
+    return form.cost(block, skip=mode)
+
+
 def eligible_forms(
-    block: Block, *, forms: Sequence[Form], skip: str, unit: str, cheapest_too: bool = True
+    block: Block,
+    *,
+    forms: Sequence[Form],
+    skip: str,
+    unit: str,
+    cheapest_too: bool = True,
+    cost_of: FormCost = own_cost,
 ) -> tuple[list[tuple[Form, SkipMode]], list[Refusal]]:
     """Return the forms a block can take without getting dearer in the budget's unit, and why not the others.
 
@@ -84,15 +99,17 @@ def eligible_forms(
         skip: `auto`, `kept` or `folded`.
         unit: of the budget.
         cheapest_too: False where no resource is limited: then a form whose maps another one has too cannot be picked.
+        cost_of: what forms cost.
     """
     able: list[tuple[Form, SkipMode]] = []
     refusals: list[Refusal] = []
     mode = skip_mode(block, skip)
     for form in forms:
         refusal = form.refuses(block, skip=mode)
-        if refusal is None and is_dearer(cost := form.cost(block, skip=mode), block.cost, unit):
-            have, want = getattr(block.cost, unit), getattr(cost, unit)
-            refusal = Refusal(block.name, form.name, f"dearer than the block: {want:,} {unit} against {have:,}")
+        if refusal is None and is_dearer(cost := cost_of(form, block, mode), block.cost, unit):
+            told = "latency_ns" if cost.latency_ns > block.cost.latency_ns else unit
+            have, want = getattr(block.cost, told), getattr(cost, told)
+            refusal = Refusal(block.name, form.name, f"dearer than the block: {want:,} {told} against {have:,}")
         if refusal is None:
             able.append((form, mode))
         else:
@@ -107,9 +124,11 @@ def eligible_forms(
     return able, refusals
 
 
-def candidate(block: Block, form: Form, mode: SkipMode, fitted: Fitted, *, score: float) -> Candidate:
+def candidate(
+    block: Block, form: Form, mode: SkipMode, fitted: Fitted, *, score: float, cost_of: FormCost = own_cost
+) -> Candidate:
     """Return a candidate with its cost and options filled in."""
-    cost = cost_of_fitted(form, block, fitted, skip=mode)
+    cost = with_border(cost_of(form, block, mode), block, fitted)
     return Candidate(block.covers, form.name, score, cost, {"skip": mode}, fitted.r2)
 
 
@@ -121,6 +140,7 @@ def score_without_images(
     unit: str = "macs",
     start: Start,
     exact_borders: bool = False,
+    cost_of: FormCost = own_cost,
 ) -> Scores:
     """Score forms by what the blocks' own norms tell: the share of each activation that a slope explains.
 
@@ -131,7 +151,7 @@ def score_without_images(
     fitted: dict[str, Fitted] = {}
     refusals: list[Refusal] = []
     for block in blocks:
-        able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit)
+        able, refused = eligible_forms(block, forms=forms or all_forms(), skip=skip, unit=unit, cost_of=cost_of)
         refusals += refused
         for form, mode in able:
             found, explained = start_without_images(blocks.graph, block, form, mode, start, exact_borders=exact_borders)
@@ -139,7 +159,7 @@ def score_without_images(
                 refusals.append(found)
                 continue
             score = 1.0 - explained * (1.0 - found.dropped)
-            one = candidate(block, form, mode, found, score=score)
+            one = candidate(block, form, mode, found, score=score, cost_of=cost_of)
             candidates.append(one)
             fitted[one.key] = found
     if not candidates:
@@ -178,6 +198,7 @@ def score(
     ridge: float = RIDGE,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
+    cost_of: FormCost = own_cost,
     progress: Progress | None = None,
 ) -> Scores:
     """Fit every form of every block alone, by least squares on images, in one walk.
@@ -196,6 +217,7 @@ def score(
         ridge: strength in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
+        cost_of: what forms cost.
         progress: called after each part of the network.
 
     Returns:
@@ -225,7 +247,12 @@ def score(
             entries |= {span.name: tensors[span.entry] for span in starting.get(name, ())}
             for block in ending.get(name, ()):
                 able, refused = eligible_forms(
-                    block, forms=forms or all_forms(), skip=skip, unit=unit, cheapest_too=cheapest_too
+                    block,
+                    forms=forms or all_forms(),
+                    skip=skip,
+                    unit=unit,
+                    cheapest_too=cheapest_too,
+                    cost_of=cost_of,
                 )
                 refusals += refused
                 sampler = Sampler(walk.n, seed=seed, positions_per_unknown=SCORING_POSITIONS)
@@ -242,7 +269,7 @@ def score(
                     short[block.name] = missing
                 for form, mode in able:
                     found = fits[form.name]
-                    one = candidate(block, form, mode, found, score=1.0 - (found.r2 or 0.0))
+                    one = candidate(block, form, mode, found, score=1.0 - (found.r2 or 0.0), cost_of=cost_of)
                     candidates.append(one)
                     fitted[one.key] = found
                 _forget(walk, entries.pop(block.name, None), tensors, entries)

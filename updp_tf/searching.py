@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from updp_tf.cost import ADDITIVE_UNITS, Budget, Limit, is_dearer, readable, total
+from updp_tf.cost import ADDITIVE_UNITS, NS_PER_MS, Budget, Limit, is_dearer, readable, total
 from updp_tf.errors import BudgetError, FormError
 from updp_tf.structure import Candidate, Cost
 
@@ -139,9 +139,9 @@ def solve(
 ) -> Solution:
     """Return the forms with the smallest sum of scores within the budget.
 
-    Candidates dearer than the blocks they replace, in `budget.unit`, are left out first. Among equal scores the
-    choice with fewer MACs wins, then the one with fewer merged blocks, then the one of earlier candidates (sorted by
-    block and key): the answer does not depend on the order in which candidates come.
+    Candidates dearer than the blocks they replace, in `budget.unit` or in measured time, are left out first. Among
+    equal scores the choice with fewer MACs wins, then the one with fewer merged blocks, then the one of earlier
+    candidates (sorted by block and key): the answer does not depend on the order in which candidates come.
 
     Args:
         candidates: forms of blocks and of spans. `keep` needs no candidate; one that is given is ignored.
@@ -707,13 +707,16 @@ def _say_nearest(problem: _Problem, budget: Budget) -> str:
             together.append(f"within the other limits {_say_counts(problem, budget.merged, counts)}")
     for limit in budget.limits:
         bound = limit.bound(problem.original)
+        is_time = limit.unit == "latency_ns"
         smallest = _attainable(problem, limit.unit, _Limits({}, None))
         if smallest is not None and smallest > bound:
-            alone.append(f"{limit} cannot be met: the smallest plan has {_share(problem, limit, smallest)}")
+            least = "the fastest plan takes" if is_time else "the smallest plan has"
+            alone.append(f"{limit} cannot be met: {least} {_share(problem, limit, smallest)}")
             continue
         smallest = _attainable(problem, limit.unit, everything)
         if smallest is not None and smallest > bound:
-            together.append(f"within the other limits the least {limit.unit} are {_share(problem, limit, smallest)}")
+            least = "the fastest plan takes" if is_time else f"the least {limit.unit} are"
+            together.append(f"within the other limits {least} {_share(problem, limit, smallest)}")
     if alone:
         return f"The budget {'; '.join(alone)}."
     details = f": {'; '.join(together)}" if together else ""
@@ -730,6 +733,8 @@ def _share(problem: _Problem, limit: Limit, value: int) -> str:
     """Return a cost in the terms of a limit: `0.74 (222.6 M of 300.8 M)`, rounded so that asking for it would do."""
     original = getattr(problem.original, limit.unit)
     amounts = f"{readable(value, limit.unit)} of {readable(original, limit.unit)}"
+    if limit.key == "latency_ms":
+        return f"{math.ceil(value / NS_PER_MS * 1e4) / 1e4:g} ({amounts})"
     if not limit.is_fraction:
         return f"{value} ({amounts})"
     return f"{math.ceil(value / original * 1000) / 1000:g} ({amounts})"

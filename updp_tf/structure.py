@@ -209,11 +209,15 @@ class Cost:
         macs: multiply-accumulate operations.
         params: weights and biases stored.
         activation_bytes: largest sum of float32 bytes of the tensors alive at the same time.
+        latency_ns: nanoseconds that a latency table tells; 0 where there is no table.
+        file_bytes: bytes in the `.tflite` file that the table's rows were measured with; 0 where there is no table.
     """
 
     macs: int = 0
     params: int = 0
     activation_bytes: int = 0
+    latency_ns: int = 0
+    file_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         """Costs of two parts that run one after the other."""
@@ -221,7 +225,15 @@ class Cost:
             self.macs + other.macs,
             self.params + other.params,
             max(self.activation_bytes, other.activation_bytes),
+            self.latency_ns + other.latency_ns,
+            self.file_bytes + other.file_bytes,
         )
+
+    def as_json(self) -> dict[str, int]:
+        """Return the numbers by name, without those that need a table where there is none."""
+        told = {"macs": self.macs, "params": self.params, "activation_bytes": self.activation_bytes}
+        timed = {"latency_ns": self.latency_ns, "file_bytes": self.file_bytes}
+        return told | (timed if any(timed.values()) else {})
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,8 @@ def ran(files, pruned):
     (folder / "there.csv").write_text("old")
     (folder / "broken.json").write_text("{")
     images = ["--calibration", files.x]
+    table, forms, run = folder / "table.csv", ["--form", "conv3", "--form", "remove"], folder / "run"
+    run.mkdir()
 
     def prune(name, *options, of=model):
         return ["prune", of, "-o", folder / f"{name}.keras", *options]
@@ -76,11 +78,22 @@ def ran(files, pruned):
         "no such block": prune("k1", *images, "--keep", "add7"),
         "no such form": prune("k2", *images, "--form", "blob"),
         "disk full": prune("full", *images, "--force"),
+        "time without a table": prune("b4", *images, "--budget", "latency=0.5"),
+        "no latency table": prune("b5", *images, "--budget", "latency=0.5", "--latency", folder / "there.csv"),
+        "sweep of nothing": ["sweep", model, *images, "--unit", "merged", "--form", "conv3"],
+        "report of nothing": ["report", folder / "nowhere"],
         "broken plan": ["merge", model, folder / "broken.json", "-o", folder / "p1.keras"],
         "plan without arrays": ["merge", model, folder / "plan.json", "-o", folder / "p2.keras"],
         # what works
         "prune": prune("there", "--calibration", f"{files.npz}:calibration", "--force"),
         "prune without images": prune("gaussian", "--form", "conv3"),
+        "latency": ["latency", model, "-o", table, *forms, "--max-seconds", "3", "--networks", "0", "--json"],
+        "no row": prune("b6", *images, "--form", "pointwise", "--latency", table),
+        "sweep": [
+            *("sweep", model, *images, *forms, "--latency", table, "--budget", "0.99", "--budget", "0.001", "--json"),
+            *("--csv", run / "swept.csv", "--plot", run / "sweep.svg", "--plans", run),
+        ],
+        "sweep text": ["sweep", model, *images, *forms, "--budget", "0.9", "--agreement"],
         "merge": ["merge", model, folder / "plan.json", "-o", folder / "merged.keras", *images, "--json"],
         "blocks": ["blocks", model],
         "export": ["export", model, "-o", folder / "float32.tflite", "--json"],
@@ -102,6 +115,8 @@ def ran(files, pruned):
             "--accelerator",
             "ethos-u65-256",
         ],
+        "report": ["report", run, "--json"],
+        "report again": ["report", run],
         "ethosu again": ["ethosu", folder / "int8.tflite", "-o", folder / "npu.tflite"],
         "no such accelerator": ["ethosu", folder / "int8.tflite", "--accelerator", "ethos-u1"],
         "evaluate too few": ["evaluate", folder / "float32.tflite", "--images", files.x, "--labels", files.nan],
@@ -115,7 +130,20 @@ def test_help_is_quick_and_names_all_commands(files):
     )
     assert done.returncode == 0
     text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.split()
-    for name in ("blocks", "prune", "merge", "export", "bench", "evaluate", "edgetpu", "ethosu", "demo"):
+    for name in (
+        "blocks",
+        "prune",
+        "merge",
+        "export",
+        "bench",
+        "evaluate",
+        "edgetpu",
+        "ethosu",
+        "latency",
+        "sweep",
+        "report",
+        "demo",
+    ):
         assert f" {name} " in text
     for slow in ("keras", "tensorflow", "matplotlib", "sklearn", "scipy"):
         assert slow not in modules
@@ -273,6 +301,25 @@ def test_bench(ran, files):
         assert [row["sha256"] for row in csv.DictReader(file)] == [row["sha256"] for row in table]
 
 
+def test_latency_sweep_and_report(ran, files):
+    for name in ("latency", "sweep", "sweep text", "report"):
+        assert ran[name].code == 0, ran[name].err
+    rows = json.loads(ran["latency"].out)["rows"]
+    kinds = [row["key"].partition(":")[0] for row in rows]
+    assert kinds == ["empty", "keep", "conv3", "network"]  # three equal blocks share their rows
+    assert (files.folder / "table.csv").is_file() and all(row["latency_us"] >= 0 for row in rows)
+    swept = json.loads(ran["sweep"].out)
+    assert swept["measured_on"].startswith("float32 on ") and len(swept["rows"]) == 2
+    assert "the fastest plan takes" in swept["rows"][1]["note"] and swept["rows"][1]["forms"] == ""
+    run = files.folder / "run"
+    with (run / "swept.csv").open() as file:
+        assert [row["budget"] for row in csv.DictReader(file)] == ["latency=0.99", "latency=0.001"]
+    assert "<svg" in (run / "sweep.svg").read_text() and list(run.glob("plan-*.json"))
+    assert "agreement" in ran["sweep text"].out and "macs 0.9" in ran["sweep text"].out
+    told = json.loads(ran["report"].out)
+    assert Path(told["html"]).is_file() and "Accuracy against time" in told["sections"] and told["unread"] == []
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 USAGE = {
@@ -314,6 +361,12 @@ OURS = {
     "budget too small": r"macs 0.05 cannot be met: the smallest plan has 0\.\d+",
     "budget of nothing": "A budget cannot be in 'milk'",
     "two sides": "either `budget` or `max_drop`",
+    "time without a table": r"in 'latency' needs a latency table: .*--latency TABLE.csv",
+    "no latency table": "there.csv' is no latency table: the column 'key' is missing",
+    "no row": r"table.csv' \(float32 on .* lacks 1 of the 3 rows for 'small': pointwise for 'add0' .*updp-tf latency",
+    "sweep of nothing": "A sweep goes over fractions of macs, .*, not of 'merged'",
+    "report of nothing": "there is no run directory",
+    "report again": "report.html' exists already",
     "no such block": "No block is named 'add7'; the blocks are: add0, add1, add2",
     "no such form": "blob",
     "disk full": "full.keras': the disk or its quota is full",

@@ -24,7 +24,7 @@ from updp_tf.searching import (
 )
 from updp_tf.structure import Candidate, Cost
 
-REST = Cost(macs=50, params=20, activation_bytes=3)
+REST = Cost(macs=50, params=20, activation_bytes=3, latency_ns=-2, file_bytes=9)
 
 
 def candidate(blocks, form, score, macs=1, params=1, activation_bytes=1):
@@ -76,7 +76,7 @@ def instances(draw, max_blocks=5, max_forms=3):
     coarse = draw(st.booleans())  # many ties, or none
     amounts = st.integers(0, 12) if coarse else st.integers(0, 10**9)
     scores = st.integers(-2, 8).map(lambda n: n / 8) if coarse else st.integers(-(10**5), 10**7).map(lambda n: n / 1e6)
-    costs = st.builds(Cost, amounts, amounts, st.integers(0, 12))
+    costs = st.builds(Cost, amounts, amounts, st.integers(0, 12), amounts, amounts)
     blocks = {f"b{index}": draw(costs) for index in range(n_blocks)}
     candidates = [
         Candidate((name,), f"form{number}", draw(scores), draw(costs))
@@ -88,7 +88,11 @@ def instances(draw, max_blocks=5, max_forms=3):
             span = tuple(f"b{index}" for index in range(first, last + 1))
             candidates.append(Candidate(span, "span", draw(scores), draw(costs)))
     fractions = st.floats(0.05, 1.0)
-    asked = draw(st.dictionaries(st.sampled_from(["macs", "params", "activation_bytes"]), fractions, max_size=3))
+    asked = draw(
+        st.dictionaries(
+            st.sampled_from(["macs", "params", "activation_bytes", "latency", "bytes"]), fractions, max_size=3
+        )
+    )
     if draw(st.booleans()):
         asked["macs_max"] = draw(st.integers(1, 40 if coarse else 3 * 10**9))
     if not asked or draw(st.integers(0, 3)) == 0:
@@ -291,7 +295,7 @@ BLOCKS = {name: Cost(100, 10, 10) for name in "abc"}
 
 def test_a_budget_that_is_met_already_keeps_everything():
     found = solve([candidate("a", "conv", 0.1)], blocks=BLOCKS, rest=REST, budget={"macs": 1.0})
-    assert found == Solution((), 0.0, Cost(350, 50, 10), 0)
+    assert found == Solution((), 0.0, Cost(350, 50, 10, -2, 9), 0)
 
 
 def test_spans_count_their_blocks_and_exclude_their_members():
@@ -299,7 +303,7 @@ def test_spans_count_their_blocks_and_exclude_their_members():
     found = solve(items, blocks=BLOCKS, rest=REST, budget={"merged": 2})
     assert [item.key for item in found.chosen] == ["a+b=span"]
     assert (found.merged, found.score) == (2, 0.15)
-    assert found.cost == Cost(50 + 1 + 100, 20 + 1 + 10, 10)
+    assert found.cost == Cost(50 + 1 + 100, 20 + 1 + 10, 10, -2, 9)
 
 
 def test_chosen_is_in_graph_order():
@@ -655,3 +659,20 @@ def test_a_report_tells_guess_and_truth():
     assert [row["loss"] for row in rows] == [0.5, 0.3, 0.9] and rows[1]["forms"] == ["a=f0.2"]
     assert str(SearchReport("uniform")) == "uniform: sum of scores, nothing measured"
     assert replace(report, measured=(measured(0.1, math.inf),), best=0).as_json()["measured"][0]["loss"] is None
+
+
+def test_a_network_faster_than_the_fastest_is_told_how_fast_that_is():
+    blocks = {"a": Cost(100, 10, 10, 3_000_000), "b": Cost(100, 10, 10, 2_000_000)}
+    forms = [
+        Candidate(("a",), "fast", 0.2, Cost(10, 1, 1, 1_000_000)),
+        Candidate(("a",), "slow", 0.1, Cost(10, 1, 1, 3_000_001)),  # slower than the block: never picked
+        Candidate(("b",), "fast", 0.2, Cost(10, 1, 1, 1_500_000)),
+    ]
+    rest = Cost(1, 1, 1, 500_000)
+    with pytest.raises(BudgetError, match=r"^The budget latency_ms 2.5 .*fastest plan takes 3 \(3 ms of 5.5 ms\).$"):
+        solve(forms, blocks=blocks, rest=rest, budget={"latency_ms": 2.5})
+    found = solve(forms, blocks=blocks, rest=rest, budget={"latency_ms": 3.5})
+    assert [item.key for item in found.chosen] == ["a=fast"]
+    assert found.cost.latency_ns == 3_500_000
+    by_macs = solve(forms, blocks=blocks, rest=rest, budget={"macs": 0.6})
+    assert [item.key for item in by_macs.chosen] == ["a=fast"]

@@ -1,0 +1,73 @@
+"""Measure how long every block and every form of a model takes on a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from updp_tf.blocks import find_blocks
+from updp_tf.console import shown
+from updp_tf.forms import all_forms, form_by_name
+from updp_tf.timing import NETWORKS, latency_items
+
+if TYPE_CHECKING:
+    from tflite_export import DeviceOptions, LatencyTable
+
+
+def measure_latency(
+    model: Any,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    device: str = "local",
+    device_options: DeviceOptions | None = None,
+    precision: str = "float32",
+    threads: int = 1,
+    forms: Sequence[str] | None = None,
+    skip: str = "auto",
+    spans: int = 1,
+    networks: int = NETWORKS,
+    max_seconds: float = 300.0,
+    verbose: bool = True,
+) -> LatencyTable:
+    """Return the latency table that `prune` and `search` read: every block, every form it can take, and the rest.
+
+    Args:
+        model: a Functional or Sequential Keras model of fixed size; it is not changed.
+        out: a CSV file for the rows, written while they are measured. One that exists is gone on from: rows of other
+            models are kept, and those that this model shares with them are not measured again.
+        device: where to run, as for `tflite_export.benchmark`.
+        device_options: what else the device should know.
+        precision: "float32", "float16", "dynamic" or "int8".
+        threads: that one inference may use.
+        forms: names of the forms to time; all registered ones where None.
+        skip: as in `Options`.
+        spans: as in `Options`.
+        networks: whole networks of random plans, to which the correction of sums is fitted.
+        max_seconds: of timing; what is not settled then is marked noisy.
+        verbose: show progress on standard error.
+
+    Raises:
+        ModelError: the model cannot be read, has no blocks, or takes images of any size.
+        TfliteExportError: the device is absent or went away, or `out` is of another device or precision.
+
+    Example:
+        >>> table = updp_tf.measure_latency(model, device="adb", precision="int8", out="phone.csv")  # doctest: +SKIP
+        >>> small = updp_tf.prune(model, calibration=images, budget={"latency": 0.7}, latency=table)  # doctest: +SKIP
+    """
+    from tflite_export import LatencyTable
+
+    wanted = all_forms() if forms is None else [form_by_name(name) for name in forms]
+    items = latency_items(find_blocks(model), forms=wanted, skip=skip, spans=spans, networks=networks)
+    with shown(verbose) as progress:
+        return LatencyTable.measure(
+            items,
+            device=device,
+            options=device_options,
+            precision=precision,
+            threads=threads,
+            max_seconds=max_seconds,
+            out=None if out is None else Path(out),
+            progress=progress,
+        )
