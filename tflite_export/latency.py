@@ -388,6 +388,7 @@ class LatencyTable:
         max_seconds: float = 300.0,
         known: "LatencyTable | None" = None,
         out: str | os.PathLike[str] | None = None,
+        worker: ExportWorker | None = None,
         progress: Progress | None = None,
     ) -> "LatencyTable":
         """Export models and time them on a device, in one visit.
@@ -399,10 +400,12 @@ class LatencyTable:
             options: what else the device should know.
             precision: "float32", "float16", "dynamic" or "int8" (ranges from random images: they do not change times).
             threads: that one inference may use.
-            max_seconds: of timing; models whose interval is still wide then are marked noisy.
+            max_seconds: of timing, though each model is timed twice at least; models whose interval is still wide
+                then are marked noisy.
             known: rows to go on from.
             out: a CSV file that is written after each sitting. One that exists is gone on from: what a lost connection
                 left there is not measured again.
+            worker: a process to export with, shared with other calls; by default one of its own.
             progress: called with (done, in all, what comes next).
 
         Returns:
@@ -428,7 +431,7 @@ class LatencyTable:
             stack.callback(opened.close)
             visit = _Visit(opened, str(options.delegate), precision, threads, known, target, progress)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tflite_export_")))
-            worker = stack.enter_context(ExportWorker())
+            worker = worker or stack.enter_context(ExportWorker())
             return visit.measure(_items(items), folder, worker, max_seconds)
 
 
@@ -637,7 +640,8 @@ class _Visit:
             self._keep(files, timings, found)
             left = max_seconds - (time.monotonic() - start)
             wide = [file for file in files if not found[file.item.key].width < WIDTH]
-            if left <= 0 or (number + 1 >= MIN_SITTINGS and not wide):
+            # two at least: one tells no interval
+            if (left <= 0 and number > 0) or (number + 1 >= MIN_SITTINGS and not wide):
                 break
             if number + 1 >= MIN_SITTINGS:
                 others = [file for file in files if file not in wide]

@@ -169,11 +169,11 @@ def test_joined_tables_keep_the_quiet_and_the_new_rows():
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, worker):
     out = tmp_path_factory.mktemp("table") / "t.csv"
     items = [("one", conv(16)), ("three", conv(16, 3)), ("small", conv(2, size=6)), ("one", conv(16))]
     items.append(LatencyItem("network:x", conv(16, 4), ("one", "three")))
-    return LatencyTable.measure(items, out=out, max_seconds=12), out
+    return LatencyTable.measure(items, out=out, worker=worker, max_seconds=8), out
 
 
 def test_times_follow_the_work(measured):
@@ -199,7 +199,7 @@ def test_what_is_known_is_not_measured_again(measured, monkeypatch):
     assert again.rows == quiet.rows
 
 
-def test_a_device_that_goes_away_leaves_its_rows(measured, tmp_path, monkeypatch):
+def test_a_device_that_goes_away_leaves_its_rows(tmp_path, monkeypatch, worker):
     out, run, calls = tmp_path / "t.csv", LocalDevice.run, []
 
     def unplugged(self, paths, **options):
@@ -212,11 +212,11 @@ def test_a_device_that_goes_away_leaves_its_rows(measured, tmp_path, monkeypatch
     with pytest.raises(
         DeviceError, match=r"went away. The 3 rows measured so far are in '.*t.csv': the same call goes"
     ):
-        LatencyTable.measure([("one", conv(16)), ("three", conv(16, 3))], out=out)
+        LatencyTable.measure([("one", conv(16)), ("three", conv(16, 3))], out=out, worker=worker)
     assert [one.key for one in LatencyTable.load(out).rows] == [EMPTY, "one", "three"]
     assert all(one.noisy for one in LatencyTable.load(out).rows)  # one sitting tells no interval
     monkeypatch.undo()
-    done = LatencyTable.measure([("one", conv(16)), ("three", conv(16, 3))], out=out, max_seconds=6)
+    done = LatencyTable.measure([("one", conv(16)), ("three", conv(16, 3))], out=out, worker=worker, max_seconds=2)
     assert all(one.sittings > 1 for one in done.rows)
 
 
@@ -233,8 +233,8 @@ def test_options_are_checked():
         LatencyTable.measure([], threads=0)
 
 
-def test_integers_are_measured_as_integers():
-    table = LatencyTable.measure([("one", conv(16))], precision="int8", max_seconds=3)
+def test_integers_are_measured_as_integers(worker):
+    table = LatencyTable.measure([("one", conv(16))], precision="int8", worker=worker, max_seconds=2)
     assert table.conditions.precision == "int8"
     assert abs(table.size_bytes("one") - 16 * 16 * 9) < 2000
 
