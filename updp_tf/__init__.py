@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PlanError,
         RuleError,
         RunError,
+        ScheduleError,
         ShapeError,
         UpdpError,
     )
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
+    from updp_tf.progress import linearize, progressive
     from updp_tf.pruning import Options, merge, prune, search
     from updp_tf.reporting import PruningReport, summary
     from updp_tf.rules import Unsupported, register_activation, register_linear
     from updp_tf.runs import RunDir, RunWarning
+    from updp_tf.schedule import Schedule
     from updp_tf.scoring import CalibrationWarning
     from updp_tf.searching import SearchReport
     from updp_tf.sweeping import Sweep, sweep
+    from updp_tf.training import BlendSchedule
 
 _MODULE_BY_NAME = {
     "AffineConv": "affine",
@@ -60,6 +64,7 @@ _MODULE_BY_NAME = {
     "PlanError": "errors",
     "RuleError": "errors",
     "RunError": "errors",
+    "ScheduleError": "errors",
     "ShapeError": "errors",
     "UpdpError": "errors",
     "register_expansion": "expansions",
@@ -74,6 +79,8 @@ _MODULE_BY_NAME = {
     "NarrowingReport": "narrowing",
     "narrow": "narrowing",
     "Plan": "planning",
+    "linearize": "progress",
+    "progressive": "progress",
     "Options": "pruning",
     "PruningReport": "reporting",
     "merge": "pruning",
@@ -89,11 +96,14 @@ _MODULE_BY_NAME = {
     "SearchReport": "searching",
     "Sweep": "sweeping",
     "sweep": "sweeping",
+    "Schedule": "schedule",
+    "BlendSchedule": "training",
 }
 
 __all__ = [
     "Additive",
     "AffineConv",
+    "BlendSchedule",
     "Blocks",
     "BudgetError",
     "CalibrationError",
@@ -117,6 +127,8 @@ __all__ = [
     "RunError",
     "RunWarning",
     "SearchReport",
+    "Schedule",
+    "ScheduleError",
     "ShapeError",
     "Uniform",
     "Sweep",
@@ -125,9 +137,11 @@ __all__ = [
     "find_blocks",
     "fold_norms",
     "measure_latency",
+    "linearize",
     "merge",
     "narrow",
     "per_channel",
+    "progressive",
     "prune",
     "reestimate_norms",
     "refit",

@@ -239,6 +239,22 @@ def find_blocks_in(graph: ModelGraph) -> Blocks:
     return Blocks(graph, *finder.find())
 
 
+def block_of(
+    graph: ModelGraph,
+    nodes: tuple[str, ...],
+    body: tuple[str, ...],
+    entry: Ref,
+    body_exit: Ref,
+    *,
+    skip_nodes: tuple[str, ...] = (),
+    skip_exit: Ref | None = None,
+    join: str | None = None,
+) -> Block:
+    """Describe a part of a graph that is known to be a block; the arguments are the attributes of `Block`."""
+    finder = _Finder(graph)
+    return finder._block(nodes, body, entry, body_exit, skip_nodes=skip_nodes, skip_exit=skip_exit, join=join)
+
+
 def require_blocks(blocks: Blocks) -> None:
     """Raise a `ModelError` that says why, if there are no blocks."""
     if len(blocks) == 0:

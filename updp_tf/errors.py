@@ -40,6 +40,10 @@ class RuleError(UpdpError, ValueError):
     """A registered rule that is malformed, or that does not compute what its layer does."""
 
 
+class ScheduleError(UpdpError, ValueError):
+    """A schedule that is malformed, or that does not fit the training."""
+
+
 class MergeError(UpdpError, RuntimeError):
     """A merged model that does not compute what its plan says."""
 

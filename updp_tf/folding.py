@@ -152,13 +152,50 @@ def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | str:
     if shift.any() and (padded or one.pads):
         return f"'{reader.name}' pads with 0, which its shift would turn into something else"
     one = affine.fold_norm_before(one, scale, shift)
-    config = reader.layer.get_config()
+    return reader.name, _holding(reader.layer, one)
+
+
+def absorbed(graph: ModelGraph, name: str, map: AffineConv) -> ModelGraph | None:
+    """Return the graph with a call taken out and its 1x1 map composed into the only layer that reads it, where exact.
+
+    Args:
+        graph: holds the call.
+        name: of the call.
+        map: what it computes; 1x1, it may mix channels.
+    """
+    reader = graph.by_name[name]
+    while True:
+        readers = graph.readers.get(Ref(reader.name), ())
+        if len(readers) != 1 or Ref(reader.name) in graph.output_refs:
+            return None
+        reader = graph.by_name[readers[0]]
+        if not rules.is_passive(reader):
+            break
+    if reader.kind not in ("Conv2D", "Dense") or reader.name not in graph.called_once:
+        return None
+    if getattr(reader.layer, "data_format", "channels_last") != "channels_last":
+        return None
+    try:
+        (one,) = rules.LINEAR[reader.kind](reader.layer, _as_image(graph.shape(reader.inputs[0])))
+    except rules.Unsupported:
+        return None
+    if one.groups > 1 or not affine.padding_is_exact(map, one):
+        return None
+    layer = _holding(reader.layer, affine.regroup(affine.compose(map, one), 1))
+    nodes = tuple(replace(node, layer=layer) if node.name == reader.name else node for node in graph)
+    (source,) = graph.by_name[name].inputs
+    return replace(graph, nodes=nodes).replace_site((name,), (), Ref(name), source)
+
+
+def _holding(layer: Any, one: AffineConv) -> Any:
+    """Return a layer's clone that holds a map of its own geometry, with a bias."""
+    config = layer.get_config()
     config["use_bias"] = True
-    clone = type(reader.layer).from_config(config)
-    clone.build(reader.layer.get_build_config()["input_shape"])
-    clone.kernel.assign(_KERNEL_OF[reader.kind](one, rules.as_array(reader.layer.kernel)))
+    clone = type(layer).from_config(config)
+    clone.build(layer.get_build_config()["input_shape"])
+    clone.kernel.assign(_KERNEL_OF[rules.kind_of(layer)](one, rules.as_array(layer.kernel)))
     clone.bias.assign(one.bias)
-    return reader.name, clone
+    return clone
 
 
 def _scale_and_shift(node: Node, channels: int, shape: Shape) -> tuple[np.ndarray, np.ndarray] | None:

@@ -229,9 +229,9 @@ def _clone(layer: Any, name: str) -> Any:
         ) from error
 
 
-def clone_layer(layer: Any, name: str, *, input_shape: Shape) -> Any:
-    """Return a built copy of a layer with equal weights, under another name."""
-    clone = _clone(layer, name)
+def clone_layer(layer: Any, name: str, *, input_shape: Shape, **changes: Any) -> Any:
+    """Return a built copy of a layer with equal weights, under another name, its configuration changed where asked."""
+    clone = type(layer).from_config({**layer.get_config(), "name": name, **changes}) if changes else _clone(layer, name)
     clone.build(input_shape)
     copy_variables(layer, clone)
     return clone
@@ -337,6 +337,7 @@ def fingerprint(graph: ModelGraph) -> str:
         config = {} if node.is_input else node.layer.get_config()
         # The node's name stands for the layer's: layers inside other layers are numbered anew in every process.
         config.pop("name", None)
+        config.pop("trainable", None)  # a teacher is frozen, and stays the same model
         args, kwargs = (map_refs(data, str) for data in (node.args, dict(node.kwargs)))
         add(node.name, node.kind, args, kwargs, node.shapes, config)
     add(map_refs(graph.inputs, str), map_refs(graph.outputs, str))

@@ -250,20 +250,20 @@ class _Sequence:
 
 def build_edit(graph: ModelGraph, block: Block, fitted: Fitted) -> Edit:
     """Return the calls of stock Keras layers that stand for a block."""
-    policy = _policy(graph, block)
+    policy = policy_of(graph, block)
     nodes: list[Node] = []
     ref = block.entry
     shape = block.entry_shape
     for index, one in enumerate(fitted.maps):
         suffix = "merged" if len(fitted.maps) == 1 else f"merged{index + 1}"
         for spec in _specs(block, fitted, one, f"{block.name}_{suffix}"):
-            node = _new_node(spec, ref, shape, policy, graph.dtype(block.exit))
+            node = new_node(spec, ref, shape, policy, graph.dtype(block.exit))
             nodes.append(node)
             ref, shape = Ref(node.name), node.shapes[0]
     if fitted.border is not None:
         # A Rescaling by 1 with an array as offset: the one stock layer that adds a constant map; it becomes one ADD.
         offset = {"scale": 1.0, "offset": fitted.border.astype("float32"), "name": f"{block.name}_border"}
-        node = _new_node(LayerSpec("Rescaling", offset), ref, shape, policy, graph.dtype(block.exit))
+        node = new_node(LayerSpec("Rescaling", offset), ref, shape, policy, graph.dtype(block.exit))
         nodes.append(node)
         ref = Ref(node.name)
     if not fitted.keeps_skip or block.join is None:
@@ -286,7 +286,8 @@ def _specs(block: Block, fitted: Fitted, map: AffineConv, name: str) -> Iterator
         yield from layer_specs(map, name, rank=block.rank)
 
 
-def _policy(graph: ModelGraph, block: Block) -> Any:
+def policy_of(graph: ModelGraph, block: Block) -> Any:
+    """Return the dtype policy of a block's layers, None where none has weights."""
     for name in block.body:
         layer = graph.by_name[name].layer
         if getattr(layer, "weights", None):
@@ -294,7 +295,8 @@ def _policy(graph: ModelGraph, block: Block) -> Any:
     return None
 
 
-def _new_node(spec: LayerSpec, ref: Ref, shape: Shape, policy: Any, dtype: str) -> Node:
+def new_node(spec: LayerSpec, ref: Ref, shape: Shape, policy: Any, dtype: str) -> Node:
+    """Return a call of the Keras layer that a spec describes, with its weights."""
     layer = getattr(keras.layers, spec.class_name)(**spec.config, dtype=policy)
     layer.build(shape)
     if spec.weights:

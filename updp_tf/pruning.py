@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from updp_tf.accuracy import DropLimit, agreement_drop, drop_limit, gives_classes, held_out_outputs, smallest_within
+from updp_tf.applying import blocks_of_plan, maps_of_plan
 from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared_graph, require_blocks
 from updp_tf.choosing import Measures, Method, choose, method_of
 from updp_tf.console import shown
 from updp_tf.cost import Budget
-from updp_tf.errors import BudgetError, CalibrationError, PlanError
-from updp_tf.forms import Fitted, Form, all_forms, fitted_from_arrays, fitted_to_arrays, form_by_name
+from updp_tf.errors import BudgetError, CalibrationError
+from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.judging import Judge, ScoreFn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
-from updp_tf.planning import Edit, Plan, arrays_of, check_fingerprint
+from updp_tf.planning import Edit, Plan
+from updp_tf.progress import merged_student
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport, scored_blocks
 from updp_tf.scoring import (
@@ -34,11 +36,10 @@ from updp_tf.scoring import (
     require_names,
     score,
     score_without_images,
-    start_without_images,
 )
 from updp_tf.searching import SearchReport, Solution, Space
 from updp_tf.solving import RIDGE
-from updp_tf.structure import Candidate, Cost, Refusal, block_name
+from updp_tf.structure import Candidate, Cost, block_name
 from updp_tf.timing import with_latencies
 from updp_tf.walking import Progress
 
@@ -286,83 +287,42 @@ def scored(
 
 def merge(
     model: Any,
-    plan: Plan | str | os.PathLike[str],
+    plan: Plan | str | os.PathLike[str] | None = None,
     *,
     calibration: Any = None,
     options: Options | None = None,
     verbose: bool = True,
 ) -> Any:
-    """Return the model with a plan applied at once.
+    """Return the model with a plan applied at once, or the plain model that a trained student has become.
 
     Args:
-        model: the model the plan was made for.
-        plan: a `Plan`, or the path of a saved one, whose arrays are read from beside it.
+        model: the model the plan was made for; or, without a plan, a student of `progressive` or `linearize`.
+        plan: a `Plan`, or the path of a saved one, whose arrays are read from beside it; None for a student.
         calibration: images to fit to, in sequence; without them the arrays beside the plan are used.
         options: how forms are fitted and merged; with `start` `gaussian` or `identity` no images are needed.
         verbose: show progress on standard error.
 
     Raises:
         PlanError: the plan is for another model, or it has no arrays and there are no calibration images.
-        MergeError: the merged layers do not compute what they should.
+        MergeError: the merged layers do not compute what they should, or a blend of a student is not 0.
     """
+    if plan is None:
+        return merged_student(model)[0]
     options, start = _started(options, calibration, default="least_squares")
     arrays: Mapping[str, np.ndarray] | None = None
     if not isinstance(plan, Plan):
         plan, arrays = Plan.load(plan)
-    blocks = find_blocks(model)
-    check_fingerprint(plan, fingerprint(blocks.graph), [node.name for node in blocks.graph])
-    for edit in plan.edits:
-        require_names(edit.blocks, blocks)
-    blocks = blocks.joined(edit.blocks for edit in plan.edits)
-    choices = tuple(Choice(block_name(edit.blocks), edit.form, edit.options["skip"]) for edit in plan.edits)
-    if not choices:
-        raise PlanError(f"The plan for '{plan.model}' merges nothing.")
+    blocks, choices = blocks_of_plan(model, plan)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         if images is None:
-            given = _given(blocks, plan, choices, arrays, start, options)
+            given = maps_of_plan(blocks, plan, arrays, start, exact_borders=options.exact_borders)
             merged = merge_fitted(blocks, choices, given, kind="linearized" if arrays is None else "fitted")
         elif start == "least_squares":
             merged = _merge_with_images(blocks, choices, images, options, progress)
         else:
-            given = _given(blocks, plan, choices, None, start, options)
+            given = maps_of_plan(blocks, plan, None, start, exact_borders=options.exact_borders)
             merged = _merge_with_images(blocks, choices, images, options, progress, fitted=given)
     return merged.model
-
-
-def _given(
-    blocks: Blocks,
-    plan: Plan,
-    choices: Sequence[Choice],
-    arrays: Mapping[str, np.ndarray] | None,
-    start: Start,
-    options: Options,
-) -> dict[str, Fitted]:
-    """Return the maps of a plan without images: those beside it, or those of the blocks' own weights."""
-    if arrays is not None:
-        if plan.weights != weights_hash(blocks.graph):
-            raise PlanError(
-                f"The arrays beside the plan were fitted to other weights of '{plan.model}'; give calibration images."
-            )
-        return {block_name(edit.blocks): fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
-    if start == "least_squares":
-        raise PlanError(
-            "The plan has no fitted arrays beside it: give calibration images, load the plan from its file, or set "
-            "Options(start='gaussian')."
-        )
-    found: dict[str, Fitted] = {}
-    for one in choices:
-        fitted, _ = start_without_images(
-            blocks.graph,
-            blocks[one.block],
-            form_by_name(one.form),
-            one.skip,
-            start,
-            exact_borders=options.exact_borders,
-        )
-        if isinstance(fitted, Refusal):
-            raise PlanError(f"'{one.block}' cannot become {one.form} without images: {fitted.reason}.")
-        found[one.block] = fitted
-    return found
 
 
 def _started(options: Options | None, calibration: Any, default: Start = "gaussian") -> tuple[Options, Start]:

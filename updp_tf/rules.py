@@ -244,7 +244,23 @@ def activation(node: Node) -> Activation | None:
     return found
 
 
-def _named(name: str, **parameters: float) -> Activation:
+def activation_of(layer: Any) -> Activation | None:
+    """Return the element-wise function of an activation layer, None if it has no rule."""
+    rule = ACTIVATIONS.get(kind_of(layer))
+    return None if rule is None else rule(layer)
+
+
+def kind_of(layer: Any) -> str:
+    """Return the kind that a node of a layer has."""
+    return _keras.kind_of(type(layer))
+
+
+def named(name: str, **parameters: float) -> Activation:
+    """Return a function by its name in `keras.activations`.
+
+    Raises:
+        Unsupported: there is no rule for it.
+    """
     known = make_activation(name, **parameters)
     if known is None:
         raise Unsupported(f"applies '{name}', which has no rule")
@@ -257,7 +273,7 @@ def _activation_layer(layer: Any) -> Activation:
         return _own_functions[function](function)
     if (rule := ACTIVATIONS.get(_keras.kind_of(type(function)))) is not None:
         return rule(function)  # a layer given as activation: Conv2D(..., activation=LeakyReLU())
-    return _named(getattr(function, "__name__", type(function).__name__))
+    return named(getattr(function, "__name__", type(function).__name__))
 
 
 def _relu(layer: Any) -> Activation:
@@ -266,22 +282,22 @@ def _relu(layer: Any) -> Activation:
         "threshold": float(layer.threshold),
         "max_value": float("inf") if layer.max_value is None else float(layer.max_value),
     }
-    return _named("relu", **parameters)
+    return named("relu", **parameters)
 
 
 ACTIVATIONS: dict[str, Callable[[Any], Activation]] = {
     "Activation": _activation_layer,
     "ReLU": _relu,
-    "LeakyReLU": lambda layer: _named("leaky_relu", negative_slope=float(layer.negative_slope)),
-    "ELU": lambda layer: _named("elu", alpha=float(layer.alpha)),
-    "Relu": lambda layer: _named("relu"),
-    "Relu6": lambda layer: _named("relu6"),
-    "Silu": lambda layer: _named("silu"),
-    "Sigmoid": lambda layer: _named("sigmoid"),
-    "Tanh": lambda layer: _named("tanh"),
-    "HardSigmoid": lambda layer: _named("hard_sigmoid"),
-    "HardSilu": lambda layer: _named("hard_silu"),
-    "Gelu": lambda layer: _named("gelu", approximate=float(layer.approximate)),
+    "LeakyReLU": lambda layer: named("leaky_relu", negative_slope=float(layer.negative_slope)),
+    "ELU": lambda layer: named("elu", alpha=float(layer.alpha)),
+    "Relu": lambda layer: named("relu"),
+    "Relu6": lambda layer: named("relu6"),
+    "Silu": lambda layer: named("silu"),
+    "Sigmoid": lambda layer: named("sigmoid"),
+    "Tanh": lambda layer: named("tanh"),
+    "HardSigmoid": lambda layer: named("hard_sigmoid"),
+    "HardSilu": lambda layer: named("hard_silu"),
+    "Gelu": lambda layer: named("gelu", approximate=float(layer.approximate)),
 }
 
 AUGMENTATIONS = frozenset(
@@ -457,7 +473,7 @@ def _as_activation(found: Any, name: str, rule: Any) -> Activation:
     if isinstance(found, Activation):
         return found
     if isinstance(found, str):
-        return _named(found)
+        return named(found)
     if callable(found):
         return OwnActivation(name, own=found)
     raise RuleError(

@@ -1,0 +1,70 @@
+"""A plan on the model it was made for: its blocks, and the maps of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from updp_tf.blocks import Blocks, find_blocks
+from updp_tf.errors import PlanError
+from updp_tf.forms import Fitted, fitted_from_arrays, form_by_name
+from updp_tf.graph import fingerprint, weights_hash
+from updp_tf.merging import Choice
+from updp_tf.planning import Plan, arrays_of, check_fingerprint
+from updp_tf.scoring import Start, require_names, start_without_images
+from updp_tf.structure import Refusal, block_name
+
+
+def blocks_of_plan(model: Any, plan: Plan) -> tuple[Blocks, tuple[Choice, ...]]:
+    """Return a model's blocks, the plan's spans joined, and the form it chooses for each block that goes.
+
+    Raises:
+        PlanError: the plan is for another model, or merges nothing.
+    """
+    blocks = find_blocks(model)
+    check_fingerprint(plan, fingerprint(blocks.graph), [node.name for node in blocks.graph])
+    for edit in plan.edits:
+        require_names(edit.blocks, blocks)
+    blocks = blocks.joined(edit.blocks for edit in plan.edits)
+    choices = tuple(Choice(block_name(edit.blocks), edit.form, edit.options["skip"]) for edit in plan.edits)
+    if not choices:
+        raise PlanError(f"The plan for '{plan.model}' merges nothing.")
+    return blocks, choices
+
+
+def maps_of_plan(
+    blocks: Blocks,
+    plan: Plan,
+    arrays: Mapping[str, np.ndarray] | None,
+    start: Start,
+    *,
+    exact_borders: bool = False,
+) -> dict[str, Fitted]:
+    """Return the maps of a plan without images: those beside it, or those of the blocks' own weights.
+
+    Raises:
+        PlanError: there are neither, or the arrays were fitted to other weights.
+    """
+    if arrays is not None:
+        if plan.weights != weights_hash(blocks.graph):
+            raise PlanError(
+                f"The arrays beside the plan were fitted to other weights of '{plan.model}'; give calibration images."
+            )
+        return {block_name(edit.blocks): fitted_from_arrays(arrays_of(edit, arrays), r2=edit.r2) for edit in plan.edits}
+    if start == "least_squares":
+        raise PlanError(
+            "The plan has no fitted arrays beside it: give calibration images, load the plan from its file, or set "
+            "Options(start='gaussian')."
+        )
+    found: dict[str, Fitted] = {}
+    for edit in plan.edits:
+        name, form = block_name(edit.blocks), form_by_name(edit.form)
+        fitted, _ = start_without_images(
+            blocks.graph, blocks[name], form, edit.options["skip"], start, exact_borders=exact_borders
+        )
+        if isinstance(fitted, Refusal):
+            raise PlanError(f"'{name}' cannot become {edit.form} without images: {fitted.reason}.")
+        found[name] = fitted
+    return found
