@@ -4,9 +4,12 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.device.conftest import leftovers, make_executable, wait_until
+from tests.device.conftest import free_port, leftovers, make_executable, wait_until
 from tflite_export import DeviceError, OptionError, benchmark, benchmarking, read_flatbuffer
 from tflite_export.benchmarking import fixed_inputs
 from tflite_export.devices import DEVICES, DeviceOptions, Nature, Quota, open_device, runner
+from tflite_export.devices.transport import SshTransport
 from tflite_export.interpreter import TfliteRunner
 
 SITTINGS = 4  # the devices are to be tested, not the statistics
@@ -370,6 +374,56 @@ def test_a_board_without_a_runtime(board, models, ssh_options):
     alone = make_executable(board.folder / "python alone", f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     with pytest.raises(DeviceError, match="numpy|none of the runtimes"):
         benchmark([models.one], device=board.address, options=DeviceOptions(ssh_config=board.good, python=str(alone)))
+
+
+def test_a_board_with_a_full_disk(board, models, ssh_options):
+    """A second sshd, whose /tmp is a disk of its own without room for a model; the folders in it are the real ones."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    port = free_port()
+    config, client_config = board.folder / "sshd_config_full", board.folder / "config_full"
+    config.write_text((board.folder / "sshd_config").read_text().replace(str(board.port), str(port)))
+    (board.folder / "known_full").write_text(f"[127.0.0.1]:{port} {(board.folder / 'host.pub').read_text()}")
+    client_config.write_text(board.good.read_text().replace("known_good", "known_full"))
+    size = models.three.stat().st_size // 2 // 4096 * 4096 + 20_480  # the runner fits, the model does not
+    real = Path(tempfile.mkdtemp(dir="/run"))
+    script = (
+        f"mount --bind /tmp {real} && mount -t tmpfs -o size={size} tmpfs /tmp && for folder in {real}/*/; do "
+        'name=$(basename "$folder"); mkdir "/tmp/$name" && mount --bind "$folder" "/tmp/$name"; done; '
+        'exec "$0" -D -e -f "$1"'
+    )
+    server = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+    with (board.folder / "log_full").open("w") as log:
+        process = subprocess.Popen(["unshare", "-m", "sh", "-c", script, server, config], stdout=log, stderr=log)
+        try:
+            with socket.socket() as probe:
+                assert wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+            address = board.address.replace(str(board.port), str(port))
+            options = replace(ssh_options, ssh_config=client_config)
+            expected = r"cannot write '/tmp/.*No space left on device\. Its disk is full: make room"
+            with pytest.raises(DeviceError, match=expected):
+                benchmark([models.three], device=address, options=options)
+        finally:
+            process.terminate()
+            process.wait(10)
+            real.rmdir()
+
+
+def test_a_killed_client_leaves_no_sockets_here(board, models, tmp_path):
+    """SIGKILL leaves nobody to remove the folder: the next client does."""
+    process = client(board.address, models.one, "", board.good, tmp_path / "rows.csv", board.python)
+    folders = Path(tempfile.gettempdir())
+    assert wait_until(lambda: list(folders.glob(f"updp-tf-ssh-{process.pid}-*")), seconds=120)
+    process.kill()
+    process.communicate()
+    assert list(folders.glob(f"updp-tf-ssh-{process.pid}-*"))
+    alive = SshTransport("user@host")
+    other = SshTransport("user@host")
+    assert not list(folders.glob(f"updp-tf-ssh-{process.pid}-*"))
+    assert Path(alive._sockets).is_dir() and Path(other._sockets).is_dir()  # those of living processes stay
+    alive.close()
+    other.close()
+    assert not Path(alive._sockets).exists()
 
 
 def test_a_board_that_is_not_there(models):

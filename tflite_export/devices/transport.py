@@ -234,6 +234,7 @@ _ADDRESS = re.compile(
     r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.\-]*|\[[0-9A-Fa-f:.%A-Za-z]+\])"
     r"(?::(?P<port>[0-9]{1,5}))?"
 )
+_SOCKETS = "updp-tf-ssh-"  # then the process's id: a killed one cannot remove its folder
 _LOST = 255  # what the ssh client ends with where it is to blame itself
 
 
@@ -260,7 +261,8 @@ class SshTransport:
         self.folder = "/tmp"
         self._host = match["host"].strip("[]")
         # The first connection carries the others, so that a board does one key exchange and not fifty.
-        self._sockets = tempfile.mkdtemp(prefix="updp-tf-")
+        _remove_abandoned_sockets()
+        self._sockets = tempfile.mkdtemp(prefix=f"{_SOCKETS}{os.getpid()}-")
         self._options = [
             *(["-F", str(config)] if config is not None else []),
             *(["-p", match["port"]] if match["port"] else []),
@@ -301,6 +303,27 @@ class SshTransport:
     def close(self) -> None:
         """Remove the socket that connections share."""
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def _remove_abandoned_sockets() -> None:
+    """Remove the folders of this user's processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SOCKETS}*-*"):
+        owner = folder.name.removeprefix(_SOCKETS).partition("-")[0]
+        try:
+            if folder.stat().st_uid == os.getuid() and owner.isdecimal() and not _is_running(int(owner)):
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # another process was quicker
+            continue
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _ssh_advice(complaint: str, host: str) -> str:
