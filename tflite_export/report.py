@@ -154,7 +154,7 @@ def write_report(
 
     Args:
         run_dir: folder of the records.
-        out: folder for what is written; the run directory itself if None.
+        out: folder for what is written, made where it is missing; the run directory itself if None.
         title: of the page; the model's name if None.
         command: that made the run, where no record tells it.
         force: replace a report that exists.
@@ -174,6 +174,7 @@ def write_report(
             "updp-tf prune --json > RUN_DIR/report.json or updp-tf bench --csv RUN_DIR/times.csv."
         )
     target = folder if out is None else Path(out)
+    _make_folder(target)
     for name in ("report.html", "report.md"):
         check_target(target / name, force=force)
     sections = [section for section in make_sections(records, command) if not section.empty]
@@ -623,11 +624,18 @@ def _drawn(figure: Any) -> tuple[bytes, bytes]:
     return png.getvalue(), svg.getvalue()
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder '{folder}': {error.strerror or error}.") from error
+
+
 def _write_plots(plots: Sequence[Plot], folder: Path) -> tuple[Path, ...]:
     paths = []
+    if plots:
+        _make_folder(folder)
     try:
-        if plots:
-            folder.mkdir(exist_ok=True)
         for plot in plots:
             for suffix, content in (("png", plot.png), ("svg", plot.svg)):
                 path = folder / f"{plot.name}.{suffix}"

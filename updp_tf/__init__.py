@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from updp_tf.forms import register_form
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
-    from updp_tf.measuring import measure_latency
+    from updp_tf.measuring import estimate_latency, measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
@@ -72,6 +72,7 @@ _MODULE_BY_NAME = {
     "Coupling": "isomorphic.coupling",
     "per_channel": "isomorphic.coupling",
     "register_coupling": "isomorphic.couplings",
+    "estimate_latency": "measuring",
     "measure_latency": "measuring",
     "fold_norms": "mending",
     "reestimate_norms": "mending",
@@ -134,6 +135,7 @@ __all__ = [
     "Sweep",
     "Unsupported",
     "UpdpError",
+    "estimate_latency",
     "find_blocks",
     "fold_norms",
     "measure_latency",

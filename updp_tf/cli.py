@@ -447,6 +447,23 @@ def measure_latencies(
 
 
 @app.command()
+def estimate(
+    model: KerasFile,
+    device: Annotated[str, typer.Option(metavar="PHONE", help="Of which times were published.")] = "Pixel 1",
+    precision: Annotated[Precision, typer.Option(help="float32 or int8.")] = Precision.float32,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what published times of phones suggest for a model. Nothing is measured."""
+    with _working(debug) as show:
+        loaded = _load_model(model)
+        import updp_tf
+
+        found = updp_tf.estimate_latency(loaded, device=device, precision=precision.value)
+        show({"nature": "estimate", **asdict(found)} if as_json else str(found))
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL.tflite", help="A classifier.")],
     images: Annotated[str, typer.Option(metavar="IMAGES", help="FILE.npy, FILE.npz, or FILE.npz:KEY.")],

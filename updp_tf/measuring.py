@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from updp_tf.blocks import find_blocks
+from updp_tf.blocks import find_blocks, prepared_graph
 from updp_tf.console import shown
 from updp_tf.forms import all_forms, form_by_name
-from updp_tf.timing import NETWORKS, latency_items
+from updp_tf.timing import NETWORKS, depthwise_macs, latency_items
 
 if TYPE_CHECKING:
-    from tflite_export import DeviceOptions, LatencyTable
+    from tflite_export import DeviceOptions, Estimate, LatencyTable
 
 
 def measure_latency(
@@ -71,3 +71,21 @@ def measure_latency(
             out=None if out is None else Path(out),
             progress=progress,
         )
+
+
+def estimate_latency(model: Any, *, device: str = "Pixel 1", precision: str = "float32") -> Estimate:
+    """Return what published times of a phone's CPU suggest for a model: an estimate, where no device is at hand.
+
+    Args:
+        model: a Functional or Sequential Keras model.
+        device: name of the phone; `tflite_export.phones()` lists them.
+        precision: "float32" or "int8".
+
+    Raises:
+        ModelError: the model cannot be read.
+        DeviceError: nothing was published for the phone in this precision.
+    """
+    from tflite_export import estimate_phone
+
+    macs, depthwise = depthwise_macs(prepared_graph(model))
+    return estimate_phone(macs, depthwise, device=device, precision=precision)

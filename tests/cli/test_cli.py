@@ -93,6 +93,8 @@ def ran(files, pruned):
             *("sweep", model, *images, *forms, "--latency", table, "--budget", "0.99", "--budget", "0.001", "--json"),
             *("--csv", run / "swept.csv", "--plot", run / "sweep.svg", "--plans", run),
         ],
+        "estimate": ["estimate", model, "--json"],
+        "no such phone": ["estimate", model, "--device", "Pixel 99"],
         "sweep text": ["sweep", model, *images, *forms, "--budget", "0.9", "--agreement"],
         "merge": ["merge", model, folder / "plan.json", "-o", folder / "merged.keras", *images, "--json"],
         "blocks": ["blocks", model],
@@ -316,6 +318,8 @@ def test_latency_sweep_and_report(ran, files):
         assert [row["budget"] for row in csv.DictReader(file)] == ["latency=0.99", "latency=0.001"]
     assert "<svg" in (run / "sweep.svg").read_text() and list(run.glob("plan-*.json"))
     assert "agreement" in ran["sweep text"].out and "macs 0.9" in ran["sweep text"].out
+    estimate = json.loads(ran["estimate"].out)
+    assert estimate["nature"] == "estimate" and estimate["ms"] > 0 and estimate["outside"]
     told = json.loads(ran["report"].out)
     assert Path(told["html"]).is_file() and "Accuracy against time" in told["sections"] and told["unread"] == []
 
@@ -365,6 +369,7 @@ OURS = {
     "no latency table": "there.csv' is no latency table: the column 'key' is missing",
     "no row": r"table.csv' \(float32 on .* lacks 1 of the 3 rows for 'small': pointwise for 'add0' .*updp-tf latency",
     "sweep of nothing": "A sweep goes over fractions of macs, .*, not of 'merged'",
+    "no such phone": r"no estimate for 'Pixel 99' in float32: there are Pixel 1",
     "report of nothing": "there is no run directory",
     "report again": "report.html' exists already",
     "no such block": "No block is named 'add7'; the blocks are: add0, add1, add2",

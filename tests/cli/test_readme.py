@@ -34,7 +34,8 @@ def test_the_python_start_is_valid_short_and_public():
 
 def test_the_command_lines_use_commands_and_options_that_exist():
     lines = [line for block in blocks() for line in block.splitlines() if line.startswith("updp-tf ")]
-    assert {shlex.split(line)[1] for line in lines} == {"blocks", "prune", "export", "evaluate", "bench"}
+    named = {"blocks", "prune", "export", "evaluate", "bench", "latency", "sweep", "report"}
+    assert {shlex.split(line)[1] for line in lines} == named
     for line in lines:
         _, command, *words = shlex.split(line)
         known = {option for parameter in COMMANDS[command].params for option in parameter.opts}

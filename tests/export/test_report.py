@@ -208,6 +208,9 @@ def test_bad_folders_are_named(tmp_path, run_dir):
     with pytest.raises(OutputError, match="report.html' exists already"):
         write_report(run_dir)
     write_report(run_dir, force=True)
+    assert write_report(run_dir, out=run_dir.parent / "elsewhere").html.is_file()
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        write_report(run_dir, out=run_dir / "no" / "where")
     (run_dir / "broken.json").write_text("{")
     with pytest.raises(DataError, match="broken.json' cannot be read"):
         write_report(run_dir, force=True)
