@@ -10,6 +10,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("MPLBACKEND", "agg")
 # small solves between TensorFlow calls: BLAS threads that wait for each other cost 30 times more than they save
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # as many processes as cores run already
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import importlib.util
 import random
@@ -21,6 +24,9 @@ import hypothesis
 import numpy as np
 import pytest
 
+BYTES_PER_WORKER = 6 * 2**30
+"""Memory for each process that runs tests: TensorFlow, a converter beside it, and room."""
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Warnings are errors (pyproject.toml), but for these, which are not ours to mend.
@@ -28,6 +34,16 @@ FOREIGN_WARNINGS = (
     # keras/src/backend/tensorflow/core.py calls np.array(variable) while saving; TensorFlow's variables lack `copy`
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Spread a run of all tests over the cores; what is named on the command line, or measures times, runs alone."""
+    runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    measures = "bench" in config.option.markexpr.replace("not bench", "")
+    if not runs_all or measures:
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(os.cpu_count() or 1, memory // BYTES_PER_WORKER)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -99,7 +99,7 @@ def check(program: Program, ratio: float) -> None:
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
 
-@settings(max_examples=50, suppress_health_check=QUIET)
+@settings(max_examples=100, suppress_health_check=QUIET)
 @given(programs(), st.sampled_from((0.3, 0.6)))
 def test_random_graphs_are_what_the_oracle_says(program, ratio):
     check(program, ratio)

@@ -50,8 +50,8 @@ def kinds(graph) -> set[str]:
 # keras_cv and keras_hub
 
 
-# Nearly every kind of composite layer is in the first; the others run with `-m slow`.
-IN_SHORT = ("cv_efficientnet_v2", "cv_mobilenet_v3", "cv_mit", "hub_vit")
+# Every kind of composite layer is in the first; the others run with `-m slow`.
+IN_SHORT = ("cv_efficientnet_v2", "cv_mobilenet_v3", "cv_csp_darknet", "cv_mit", "hub_vit", "hub_deit")
 LEAST_BLOCKS = {
     "cv_resnet": 3,
     "cv_resnet_v2": 4,

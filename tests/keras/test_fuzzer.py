@@ -1,6 +1,6 @@
 """Random block graphs: read and rebuilt they are equal bit for bit, merged they equal their linearised layers.
 
-A differential test: the other side is Keras itself, running the same graph layer by layer in float32. 40 examples by
+A differential test: the other side is Keras itself, running the same graph layer by layer in float32. 200 examples by
 default (about half a second each), 2,000 with `-m slow`. Failures that were found this way have tests of their own at
 the end.
 """
@@ -313,7 +313,7 @@ def check_front_padded(blocks: Blocks, block: Block, maps, form: ConvForm, skip:
 QUIET = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
 
 
-@hypothesis.settings(max_examples=40, suppress_health_check=QUIET)
+@hypothesis.settings(max_examples=200, suppress_health_check=QUIET)
 @hypothesis.given(network=NETWORKS)
 def test_random_networks(network: Network) -> None:
     check(network)
