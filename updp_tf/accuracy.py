@@ -11,8 +11,11 @@ import numpy as np
 
 from updp_tf.blocks import prepared_graph
 from updp_tf.errors import BudgetError
+from updp_tf.folding import fold_norms_in
+from updp_tf.graph import run_nodes
 from updp_tf.judging import ScoreFn
 from updp_tf.scoring import Sampler
+from updp_tf.structure import Ref, map_refs
 from updp_tf.walking import default_batch_size
 
 SEARCH_STEPS = 6
@@ -71,15 +74,19 @@ def held_out_outputs(model: Any, pruned: Any, images: np.ndarray) -> tuple[Any, 
     """Return outputs of both models on the images that were not fitted to (on all, where none were held out)."""
     mask = Sampler(len(images)).held_out(slice(0, len(images)))
     chosen = images[mask] if mask.any() else images
-    size = default_batch_size(prepared_graph(pruned))
-    return _outputs(model, chosen, size), _outputs(pruned, chosen, size)
+    return _outputs(model, chosen), _outputs(pruned, chosen)
 
 
-def _outputs(model: Any, images: np.ndarray, batch_size: int) -> Any:
-    parts = [
-        keras.tree.map_structure(keras.ops.convert_to_numpy, model(images[start : start + batch_size], training=False))
-        for start in range(0, len(images), batch_size)
-    ]
+def _outputs(model: Any, images: np.ndarray) -> Any:
+    """Return outputs, nested as the model gives them; run with folded norms, which eagerly cost as much as the rest."""
+    graph, _ = fold_norms_in(prepared_graph(model))
+    size = default_batch_size(graph)
+    parts = []
+    for start in range(0, len(images), size):
+        values: dict[Ref, Any] = {graph.input_refs[0]: keras.ops.convert_to_tensor(images[start : start + size])}
+        run_nodes(graph, values)
+        outputs = map_refs(graph.outputs, values.__getitem__)
+        parts.append(keras.tree.map_structure(keras.ops.convert_to_numpy, outputs))
     return keras.tree.map_structure(lambda *pieces: np.concatenate(pieces), *parts)
 
 

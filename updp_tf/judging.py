@@ -87,7 +87,7 @@ class Judge:
             self._original = walk.start()
             for part in units(graph, self._blocks):
                 nodes = [graph.by_name[name] for name in part.nodes]
-                self._original |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, self._original)
+                self._original |= walk.run(nodes, {ref: ref for ref in part.writes}, self._original)
         return self
 
     def __exit__(
@@ -125,15 +125,17 @@ class Judge:
         values = ChainMap(changed, self._original)
         for index, part in enumerate(parts):
             one = None if part.block is None else forms.get(part.block.name)
+            # not what the original wrote in this part's place
+            read = {ref: values[ref] for ref in part.reads}
             if part.block is not None and one is not None:
                 edit = build_edit(graph, part.block, self._fitted[one.key])
                 if edit.exit == part.block.entry:
                     changed[part.block.exit] = values[part.block.entry]
                 else:
-                    changed |= walk.run(edit.nodes, part.reads, {part.block.exit: edit.exit}, values)
+                    changed |= walk.run(edit.nodes, {part.block.exit: edit.exit}, read)
             elif any(ref in changed for ref in part.reads):
                 nodes = [self._by_batch(graph.by_name[name]) for name in part.nodes]
-                changed |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, values)
+                changed |= walk.run(nodes, {ref: ref for ref in part.writes}, read)
             walk.release(parts[index + 1 :], changed, keep=self._original.values())
         return changed
 

@@ -46,6 +46,12 @@ class Memory:
             return np.empty(shape, dtype)
         return np.memmap(self._new_file(), dtype=dtype, mode="w+", shape=shape)
 
+    def allocate_if_room(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Return an uninitialised float32 array in memory, or None where memory is used up."""
+        if self._used + 4 * int(np.prod(shape, dtype=np.int64)) > self._limit:
+            return None
+        return self.allocate(shape)
+
     def release(self, array: np.ndarray) -> None:
         """Say that an array is not needed any more; its file is deleted."""
         if isinstance(array, np.memmap):
@@ -56,7 +62,7 @@ class Memory:
 
     def _new_file(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="updp-tf-")
+            self._folder = tempfile.TemporaryDirectory(prefix="updp_tf_")
         self._n_files += 1
         return Path(self._folder.name) / f"{self._n_files}.bin"
 

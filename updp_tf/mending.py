@@ -55,9 +55,9 @@ def reestimate_norms(
         parts = units(graph, find_blocks_in(graph))
         tensors = walk.start()
         for index, part in enumerate(parts):
-            nodes = walk.renew_norms([graph.by_name[name] for name in part.nodes], part.reads, tensors)
+            nodes = walk.renew_norms([graph.by_name[name] for name in part.nodes], tensors)
             own |= {node.name: node for node in nodes}
-            tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+            tensors |= walk.run(nodes, {ref: ref for ref in part.writes}, tensors)
             walk.release(parts[index + 1 :], tensors)
             if progress is not None:
                 progress(index + 1, len(parts), f"renew norms {part.name}")
@@ -117,10 +117,10 @@ def refit(
             nodes = [graph.by_name[name] for name in part.nodes]
             if part.block is not None:
                 target = wanted[part.block.name]
-                result = refit_closing_layer(walk, part.block, nodes, part.reads, target, tensors, seed=seed)
+                result = refit_closing_layer(walk, part.block, nodes, target, tensors, seed=seed)
                 nodes = nodes if result is None else list(result.nodes)
             own |= {node.name: node for node in nodes}
-            tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+            tensors |= walk.run(nodes, {ref: ref for ref in part.writes}, tensors)
             walk.release(parts[index + 1 :], tensors)
             if progress is not None:
                 progress(index + 1, len(parts), f"refit {part.name}")
@@ -135,7 +135,7 @@ def _block_outputs(graph: ModelGraph, blocks: list[Any], calibration: Any, memor
     outputs: dict[str, np.ndarray] = {}
     for index, part in enumerate(parts):
         nodes = [graph.by_name[name] for name in part.nodes]
-        tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+        tensors |= walk.run(nodes, {ref: ref for ref in part.writes}, tensors)
         if part.block is not None:
             outputs[part.block.name] = tensors[part.block.exit]
         walk.release(parts[index + 1 :], tensors, keep=outputs.values())

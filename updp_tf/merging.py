@@ -172,7 +172,7 @@ class _Sequence:
             # Behind the last edit the teacher is only needed as a target of refits.
             if index <= last_needed or self.refit:
                 nodes = [self.graph.by_name[name] for name in part.nodes]
-                teacher |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, teacher)
+                teacher |= walk.run(nodes, {ref: ref for ref in part.writes}, teacher)
             self._advance(walk, part, teacher, student)
             walk.release(parts[index + 1 :], teacher, student)
             if progress is not None:
@@ -198,16 +198,16 @@ class _Sequence:
             # No edit in front: nothing to renew. Behind the last edit the teacher has not run yet.
             if not all(ref in teacher for ref in part.writes):
                 nodes = [self.graph.by_name[name] for name in part.nodes]
-                teacher |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, teacher)
+                teacher |= walk.run(nodes, {ref: ref for ref in part.writes}, teacher)
             student |= {ref: teacher[ref] for ref in part.writes}
             return
         nodes = [self.graph.by_name[name] for name in part.nodes]
         if self.reestimate:
-            nodes = walk.renew_norms(nodes, part.reads, student)
+            nodes = walk.renew_norms(nodes, student)
         if self.refit and part.block is not None:
-            nodes = self._refit(walk, part, part.block, nodes, teacher, student)
+            nodes = self._refit(walk, part.block, nodes, teacher, student)
         self.own |= {node.name: node for node in nodes}
-        student |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, student)
+        student |= walk.run(nodes, {ref: ref for ref in part.writes}, student)
 
     def _merge(self, walk: Walk, part: Unit, block: Block, choice: Choice, teacher: Tensors, student: Tensors) -> None:
         if self.given is not None:
@@ -236,14 +236,13 @@ class _Sequence:
         if edit.exit == block.entry:
             student[block.exit] = student[block.entry]
         else:
-            student |= walk.run(edit.nodes, part.reads, {block.exit: edit.exit}, student)
+            student |= walk.run(edit.nodes, {block.exit: edit.exit}, student)
 
-    def _refit(
-        self, walk: Walk, part: Unit, block: Block, nodes: list[Node], teacher: Tensors, student: Tensors
-    ) -> list[Node]:
-        found = refit_closing_layer(walk, block, nodes, part.reads, teacher[block.exit], student, seed=self.seed)
+    def _refit(self, walk: Walk, block: Block, nodes: list[Node], teacher: Tensors, student: Tensors) -> list[Node]:
+        found = refit_closing_layer(walk, block, nodes, teacher[block.exit], student, seed=self.seed)
         if found is None:
             return nodes
+        walk.forget_behind(nodes, found.nodes, student)
         self.refitted[found.layer] = found.ridge
         return list(found.nodes)
 

@@ -26,7 +26,7 @@ from updp_tf.isomorphic.scopes import SCOPES, Scope, choose_units
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, image_batches
 from updp_tf.refitting import Refitted, refit_closing_layer
 from updp_tf.structure import Block, Cost, ModelGraph, Node, Refusal
-from updp_tf.walking import Progress, Tensors, Unit, Walk, one_blas_thread, units
+from updp_tf.walking import Progress, Tensors, Walk, one_blas_thread, units
 
 BISECTIONS = 12
 """Halvings of the ratio while a budget is met: the ratio is known to one part in 4,096."""
@@ -311,17 +311,18 @@ def _mended(
         parts = units(original, blocks)
         teacher, student = teacher_walk.start(), student_walk.start()
         for index, part in enumerate(parts):
-            reads = [original.by_name[name] for name in part.nodes]
             if refit:
-                teacher |= teacher_walk.run(reads, part.reads, {ref: ref for ref in part.writes}, teacher)
-            nodes = student_walk.renew_norms([narrowed.by_name[name] for name in part.nodes], part.reads, student)
+                theirs = [original.by_name[name] for name in part.nodes]
+                teacher |= teacher_walk.run(theirs, {ref: ref for ref in part.writes}, teacher)
+            nodes = student_walk.renew_norms([narrowed.by_name[name] for name in part.nodes], student)
             if refit and part.block is not None:
-                found = _refitted(student_walk, part.block, nodes, part, teacher, student, kept, seed)
+                found = _refitted(student_walk, part.block, nodes, teacher, student, kept, seed)
                 if found is not None:
+                    student_walk.forget_behind(nodes, found.nodes, student)
                     nodes = list(found.nodes)
                     refitted[found.layer] = found.ridge
             own |= {node.name: node for node in nodes}
-            student |= student_walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, student)
+            student |= student_walk.run(nodes, {ref: ref for ref in part.writes}, student)
             student_walk.release(parts[index + 1 :], teacher, student)
             if progress is not None:
                 progress(index + 1, len(parts), f"mend {part.name}")
@@ -332,7 +333,6 @@ def _refitted(
     walk: Walk,
     block: Block,
     nodes: list[Node],
-    part: Unit,
     teacher: Tensors,
     student: Tensors,
     kept: Mapping[str, np.ndarray],
@@ -342,4 +342,4 @@ def _refitted(
     here = kept[str(block.exit)]
     if len(here) < wanted.shape[-1]:
         wanted = wanted[..., here]
-    return refit_closing_layer(walk, block, nodes, part.reads, wanted, student, seed=seed)
+    return refit_closing_layer(walk, block, nodes, wanted, student, seed=seed)

@@ -717,7 +717,7 @@ def start(graph: ModelGraph, images: np.ndarray | None, lines: Lines, rings: Map
     nodes = [node for node in graph if not node.is_input]
     with Memory(images.nbytes) as memory:
         walk = Walk(graph, images, memory)
-        for _, batch in walk.stream(nodes, (walk.source,), tuple(reads.values()), walk.start()):
+        for _, batch in walk.stream(nodes, tuple(reads.values()), walk.start()):
             for (name, ref), tensor in zip(reads.items(), batch, strict=True):
                 top, bottom, left, right = rings.get(ref.node, NO_RING)
                 if tensor.ndim == 4:

@@ -61,7 +61,6 @@ def refit_closing_layer(
     walk: Walk,
     block: Block,
     nodes: Sequence[Node],
-    reads: Sequence[Ref],
     wanted: np.ndarray,
     student: Tensors,
     *,
@@ -73,7 +72,6 @@ def refit_closing_layer(
         walk: over the calibration images.
         block: that is kept.
         nodes: the student's calls of it.
-        reads: tensors the block reads.
         wanted: the teacher's block output, shape (images, height, width, c_out).
         student: the student's tensors.
         seed: of the sampled positions.
@@ -87,7 +85,7 @@ def refit_closing_layer(
     unseen = Samples.empty(window, closing.map.c_in, closing.map.c_out)
     rng = np.random.default_rng(seed)
     refs = (closing.node.inputs[0], Ref(block.body[-1]), block.exit)
-    for part, (inner, body, written) in walk.stream(nodes, reads, refs, student):
+    for part, (inner, body, written) in walk.stream(nodes, refs, student):
         target = np.asarray(wanted[part]) - (written - body)
         add_batch(seen, unseen, inner, target, sampler.held_out(part), sampler, rng)
     ridge = _best_ridge(closing.map, seen.centred(), unseen)

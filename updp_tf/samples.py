@@ -11,7 +11,7 @@ from updp_tf import affine
 from updp_tf.affine import AffineConv
 from updp_tf.errors import ShapeError
 from updp_tf.solving import RIDGE, conjugate_gradients, solve_positive
-from updp_tf.windows import Chosen, Drawn, Window, patch_views, patches_at, rows_at_once
+from updp_tf.windows import Chosen, Drawn, Patches, Window, rows_at_once
 
 BYTES_IN_CACHE = 2**20
 """Bytes of images that depthwise sums are computed of at a time."""
@@ -43,16 +43,16 @@ class _Part:
         order = np.argsort(images, kind="stable")
         step = max(1, BYTES_IN_CACHE // (4 * self.images[0].size))
         for start in range(0, len(self.images), step):
-            views = patch_views(window, self.images[start : start + step])
+            patches = Patches.of(window, self.images[start : start + step])
             first, last = np.searchsorted(images[order], (start, start + step))
             rows = order[first:last]
             where = (images[rows] - start, heights[rows], widths[rows])
             taps = (
-                (row * window.kernel_size[1] + column, views[..., row, column])
+                (row * window.kernel_size[1] + column, patches.tap(row, column))
                 for row in range(window.kernel_size[0])
                 for column in range(window.kernel_size[1])
             )
-            yield _Inside(rows, where), taps, views.shape[:3]
+            yield _Inside(rows, where), taps, patches.grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +136,14 @@ class Samples:
         """Yield which positions, and their patches, float32, shape (rows, taps, c_in), a few at a time."""
         step, done = rows_at_once(self.window.n_taps * self.c_in), 0
         for part in self._parts:
-            views = None if part.images is None else patch_views(self.window, part.images)
+            every = None if part.images is None else Patches.of(self.window, part.images)
             for start in range(0, len(part.outputs), step):
                 rows = slice(start, min(start + step, len(part.outputs)))
-                if views is None:
+                if every is None:
                     assert part.patches is not None  # noqa: S101 - one of the two is there
                     patches = part.patches[rows]
                 else:
-                    patches = patches_at(views, part.chosen.part(rows))
+                    patches = every.at(part.chosen.part(rows))
                 yield slice(done + rows.start, done + rows.stop), patches
             done += len(part.outputs)
 

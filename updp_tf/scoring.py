@@ -242,7 +242,7 @@ def score(
         last_block = max((i for i, part in enumerate(parts) if part.block is not None), default=-1)
         for index, part in enumerate(parts[: last_block + 1]):
             nodes = [blocks.graph.by_name[name] for name in part.nodes]
-            tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+            tensors |= walk.run(nodes, {ref: ref for ref in part.writes}, tensors)
             name = part.block.name if part.block is not None else ""
             entries |= {span.name: tensors[span.entry] for span in starting.get(name, ())}
             for block in ending.get(name, ()):

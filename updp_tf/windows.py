@@ -98,6 +98,51 @@ class Chosen:
 
 
 @dataclass(frozen=True, eq=False)
+class Patches:
+    """All patches of some images, of which only those that are asked for are written out.
+
+    Attributes:
+        window: which pixels a patch holds.
+        padded: the images with the window's padding, shape (images, height, width, c_in).
+    """
+
+    window: Window
+    padded: np.ndarray
+
+    @classmethod
+    def of(cls, window: Window, x: np.ndarray) -> Patches:
+        """Patches of images of shape (images, height, width, c_in)."""
+        top, bottom, left, right = window.padding
+        padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))) if any(window.padding) else x
+        return cls(window, np.ascontiguousarray(padded))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Images, rows and columns of patches."""
+        n, *size, _ = self.padded.shape
+        rows, columns = (
+            (pixels - taps) // stride + 1
+            for pixels, taps, stride in zip(size, self.window.kernel_size, self.window.strides, strict=True)
+        )
+        return n, rows, columns
+
+    def at(self, chosen: Chosen) -> np.ndarray:
+        """Return the patches of some positions, shape (n, taps, c_in)."""
+        _, height, width, channels = self.padded.shape
+        images, rows, columns = chosen.where
+        first = (images * height + rows * self.window.strides[0]) * width + columns * self.window.strides[1]
+        taps = np.arange(self.window.kernel_size[0])[:, None] * width + np.arange(self.window.kernel_size[1])
+        # whole pixels are copied: their channels lie side by side
+        return self.padded.reshape(-1, channels)[first[:, None] + taps.ravel()]
+
+    def tap(self, row: int, column: int) -> np.ndarray:
+        """Return the pixel of every patch at one tap, a view of shape (images, rows, columns, c_in)."""
+        _, n_rows, n_columns = self.grid
+        down, right = self.window.strides
+        return self.padded[:, row::down, column::right][:, :n_rows, :n_columns]
+
+
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """Sampled positions of a batch of images: what evidence is added from.
 
@@ -105,13 +150,13 @@ class Drawn:
         images: block input, shape (images, height, width, c_in).
         chosen: output positions of them.
         outputs: what the block writes there, shape (n, c_out).
-        views: patches of all positions, a view of shape (images, rows, columns, c_in, kernel height, kernel width).
+        every: the patches of all positions.
     """
 
     images: np.ndarray
     chosen: Chosen
     outputs: np.ndarray
-    views: np.ndarray
+    every: Patches
 
     @property
     def n(self) -> int:
@@ -120,7 +165,7 @@ class Drawn:
 
     def patches(self, rows: slice = slice(None)) -> np.ndarray:
         """Return the patches of some positions, shape (n, taps, c_in)."""
-        return patches_at(self.views, self.chosen.part(rows))
+        return self.every.at(self.chosen.part(rows))
 
 
 def draw(
@@ -148,13 +193,13 @@ def draw(
     Raises:
         ShapeError: the output is not of the size that the window gives.
     """
-    views = patch_views(window, x)
-    if views.shape[:3] != y.shape[:3]:
+    every = Patches.of(window, x)
+    if every.grid != y.shape[:3]:
         raise ShapeError(
-            f"A window of {window} gives outputs of size {views.shape[1:3]}, the block writes {y.shape[1:3]}."
+            f"A window of {window} gives outputs of size {every.grid[1:]}, the block writes {y.shape[1:3]}."
         )
-    chosen = _choose(y.shape[:3], n_positions, rng, special_rows)
-    return Drawn(x, chosen, y[chosen.where], views)
+    chosen = _choose(every.grid, n_positions, rng, special_rows)
+    return Drawn(x, chosen, y[chosen.where], every)
 
 
 def _choose(shape: tuple[int, ...], n_positions: int, rng: np.random.Generator, special_rows: Sequence[int]) -> Chosen:
@@ -173,20 +218,6 @@ def _choose(shape: tuple[int, ...], n_positions: int, rng: np.random.Generator, 
         n_special = n_images * len(special) * n_columns
         weights = np.concatenate([weights, np.full(n_special, (len(chosen) or 1) / n_special)])
     return Chosen((images, heights, widths), weights)
-
-
-def patch_views(window: Window, x: np.ndarray) -> np.ndarray:
-    """Return all patches of images as a view: (images, rows, columns, c_in, kernel height, kernel width)."""
-    top, bottom, left, right = window.padding
-    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))) if any(window.padding) else x
-    views = np.lib.stride_tricks.sliding_window_view(padded, window.kernel_size, axis=(1, 2))
-    return views[:, :: window.strides[0], :: window.strides[1]]
-
-
-def patches_at(views: np.ndarray, chosen: Chosen) -> np.ndarray:
-    """Return the patches of some positions, taps before channels: shape (n, taps, c_in)."""
-    c_in, *kernel_size = views.shape[3:]
-    return views[chosen.where].transpose(0, 2, 3, 1).reshape(chosen.n, int(np.prod(kernel_size)), c_in)
 
 
 def rows_at_once(n_unknowns: int) -> int:

@@ -422,8 +422,10 @@ def test_everything_on_disk_gives_the_same_result(name: str) -> None:
     chosen = {block.name: "conv3" for block in find_blocks(model) if block.geometry.strides == (1, 1)}
     in_memory = in_sequence(model, chosen, images, refit=True)
     on_disk = in_sequence(model, chosen, (images[i : i + 5] for i in range(0, 24, 5)), refit=True, memory_bytes=0)
-    for a, b in zip(weights_of(in_memory.model), weights_of(on_disk.model), strict=True):
-        np.testing.assert_array_equal(a, b)
+    # In memory, what norms write is held for what reads it next; on disk it is computed again, folded: other rounding.
+    assert in_memory.refitted == on_disk.refitted
+    new = images_for(model, 4, seed=9)
+    assert relative_error(zoo.outputs_of(in_memory.model, new)[0], zoo.outputs_of(on_disk.model, new)[0]) <= 1e-4
 
 
 def test_files_are_taken_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -553,7 +555,7 @@ def test_a_walk_gives_what_the_model_gives() -> None:
             tensors = walk.start()
             for index, part in enumerate(parts):
                 nodes = [blocks.graph.by_name[n] for n in part.nodes]
-                tensors |= walk.run(nodes, part.reads, {ref: ref for ref in part.writes}, tensors)
+                tensors |= walk.run(nodes, {ref: ref for ref in part.writes}, tensors)
                 walk.release(parts[index + 1 :], tensors)
             have = [np.array(tensors[ref]) for ref in blocks.graph.output_refs]
             assert set(tensors) == {*blocks.graph.input_refs, *blocks.graph.output_refs}
