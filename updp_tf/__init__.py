@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RunError,
         ScheduleError,
         ShapeError,
+        TrainingError,
         UpdpError,
     )
     from updp_tf.evolving import Genetic
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from updp_tf.scoring import CalibrationWarning
     from updp_tf.searching import SearchReport
     from updp_tf.sweeping import Sweep, sweep
-    from updp_tf.training import BlendSchedule
+    from updp_tf.training import BlendSchedule, Training
 
 _MODULE_BY_NAME = {
     "AffineConv": "affine",
@@ -66,6 +67,7 @@ _MODULE_BY_NAME = {
     "RunError": "errors",
     "ScheduleError": "errors",
     "ShapeError": "errors",
+    "TrainingError": "errors",
     "UpdpError": "errors",
     "register_expansion": "expansions",
     "register_form": "forms",
@@ -99,6 +101,7 @@ _MODULE_BY_NAME = {
     "sweep": "sweeping",
     "Schedule": "schedule",
     "BlendSchedule": "training",
+    "Training": "training",
 }
 
 __all__ = [
@@ -133,6 +136,8 @@ __all__ = [
     "ShapeError",
     "Uniform",
     "Sweep",
+    "Training",
+    "TrainingError",
     "Unsupported",
     "UpdpError",
     "estimate_latency",

@@ -44,6 +44,10 @@ class ScheduleError(UpdpError, ValueError):
     """A schedule that is malformed, or that does not fit the training."""
 
 
+class TrainingError(UpdpError, RuntimeError):
+    """A training that went wrong, or data that do not fit it."""
+
+
 class MergeError(UpdpError, RuntimeError):
     """A merged model that does not compute what its plan says."""
 

@@ -240,7 +240,8 @@ def clone_layer(layer: Any, name: str, *, input_shape: Shape, **changes: Any) ->
 def copy_variables(source: Any, target: Any) -> None:
     """Copy every variable of one built layer to another of the same configuration."""
     for old, new in zip(source.variables, target.variables, strict=True):
-        new.assign(old)
+        # Through a copy: on JAX both variables would hold one buffer, which a training step may use up only once.
+        new.assign(np.array(keras.ops.convert_to_numpy(old)))
     if hasattr(target, "finalize_state"):
         # Normalization computes what it applies from its variables, once.
         target.finalize_state()

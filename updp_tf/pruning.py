@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import keras
 import numpy as np
 
 from updp_tf.accuracy import DropLimit, agreement_drop, drop_limit, gives_classes, held_out_outputs, smallest_within
@@ -17,7 +21,7 @@ from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared
 from updp_tf.choosing import Measures, Method, choose, method_of
 from updp_tf.console import shown
 from updp_tf.cost import Budget
-from updp_tf.errors import BudgetError, CalibrationError
+from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.judging import Judge, ScoreFn
@@ -27,6 +31,7 @@ from updp_tf.planning import Edit, Plan
 from updp_tf.progress import merged_student
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport, scored_blocks
+from updp_tf.runs import RunDir
 from updp_tf.scoring import (
     FormCost,
     Sampler,
@@ -41,6 +46,8 @@ from updp_tf.searching import SearchReport, Solution, Space
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, block_name
 from updp_tf.timing import with_latencies
+from updp_tf.trained import train_pruned
+from updp_tf.training import Training
 from updp_tf.walking import Progress
 
 if TYPE_CHECKING:
@@ -95,10 +102,14 @@ def prune(
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
     latency: LatencyTable | str | os.PathLike[str] | None = None,
+    train: Any = None,
+    validation: Iterable[Any] | None = None,
+    training: Training | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     options: Options | None = None,
     verbose: bool = True,
 ) -> Any:
-    """Return a shallower Keras model: blocks merged into single layers, no training.
+    """Return a shallower Keras model: blocks merged into single layers, without training or with it.
 
     Args:
         model: a trained Functional or Sequential Keras 3 model; it is not changed.
@@ -118,6 +129,13 @@ def prune(
             settings.
         latency: what blocks and forms take on a device, as `measure_latency` returns it, or its file; no form that it
             says is slower than its block is picked, whatever the budget.
+        train: data to train the pruned network on, the original teaching: (images, labels) or images as arrays, a
+            `PyDataset`, or a `tf.data.Dataset` of batches that gives the same ones each time; labels are optional. No
+            training where None.
+        validation: batches of (images, labels) or images, whose accuracy is logged after each piece of the training.
+        training: how it is trained; `Training()` where None.
+        run_dir: folder that keeps every stage, checkpoints and the log: a call that was stopped, however, is continued
+            by the same call.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 
@@ -128,19 +146,126 @@ def prune(
         ModelError: the model cannot be read, or has no block that could be pruned.
         CalibrationError: images that do not fit the model, or none where they are needed.
         BudgetError: a budget that cannot be met; the message says the nearest that can.
+        TrainingError: training data that do not fit, or a loss that is no number.
+        RunError: the run directory is in use, or of another call; the message says by whom, or what differs.
 
     Example:
         >>> small = updp_tf.prune(model, calibration=images, budget={"merged": 5})  # doctest: +SKIP
         >>> print(small.pruning)  # doctest: +SKIP
     """
-    options, start = _started(options, calibration)
-    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(latency), forms, options)
-    limit = drop_limit(model, budget, max_drop, score_fn)
-    way = method_of(method)
+    if train is None and (validation, training, run_dir) != (None, None, None):
+        raise TrainingError("`validation`, `training` and `run_dir` belong to a training: give `train` as well.")
+    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, latency, *_started(options, calibration))
+    if train is not None:
+        return _prune_and_train(ask, calibration, train, validation, training or Training(), run_dir, verbose)
+    return _prune_at_once(ask, calibration, verbose)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ask:
+    """What `prune` was asked, but for the images and the training."""
+
+    model: Any
+    budget: Mapping[str, float] | None
+    max_drop: Mapping[str, float] | None
+    keep: tuple[str, ...]
+    forms: Sequence[str] | None
+    score_fn: ScoreFn | None
+    method: str | Method
+    latency: LatencyTable | str | os.PathLike[str] | None
+    options: Options
+    start: Start
+
+    def as_json(self, images: np.ndarray | None) -> dict[str, Any]:
+        """What decides the plan, as plain data."""
+        graph = prepared_graph(self.model)
+        return {
+            "model": fingerprint(graph),
+            "weights": weights_hash(graph),
+            "calibration": None if images is None else hashlib.sha256(images.tobytes()).hexdigest(),
+            "budget": self.budget and dict(self.budget),
+            "max_drop": self.max_drop and dict(self.max_drop),
+            "keep": list(self.keep),
+            "forms": None if self.forms is None else list(self.forms),
+            "score_fn": None if self.score_fn is None else getattr(self.score_fn, "__qualname__", "a function"),
+            "method": str(self.method),
+            "latency": None if self.latency is None else str(self.latency),
+            "options": asdict(self.options),
+        }
+
+
+def _prune_and_train(
+    ask: _Ask,
+    calibration: Any,
+    train: Any,
+    validation: Iterable[Any] | None,
+    training: Training,
+    run_dir: str | os.PathLike[str] | None,
+    verbose: bool,
+) -> Any:
+    """Prune at once, train, and keep every stage where there is a run directory."""
+    with ExitStack() as stack:
+        images = stack.enter_context(_images(find_blocks(ask.model), calibration, ask.options))
+        run: RunDir | None = None
+        if run_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="updp-tf-")))
+        else:
+            arguments = {**ask.as_json(images), "training": training.as_json()}
+            packages = ("updp-tf", "keras", "numpy", "scipy")
+            run = stack.enter_context(RunDir(run_dir, arguments=arguments, packages=packages))
+            folder = run.path / "start"
+
+        def write(found: tuple[Any, Plan, dict[str, np.ndarray]], folder: Path) -> None:
+            small, plan, arrays = found
+            small.save(folder / "start.keras")
+            plan.save(folder / "plan.json", arrays)
+            (folder / "report.json").write_text(small.pruning.to_json(), encoding="utf-8")
+
+        def read(folder: Path) -> Any:
+            small = keras.models.load_model(folder / "start.keras", safe_mode=False)
+            small.pruning = PruningReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
+            return small
+
+        def at_once() -> tuple[Any, Plan, dict[str, np.ndarray]]:
+            return _prune_at_once(ask, images, verbose)
+
+        if run is None:
+            write(at_once(), folder)
+            small = read(folder)
+        else:
+            # What `stage` returns is what `read` gives.
+            small = run.stage("start", cast(Any, at_once), write=cast(Any, write), read=read)
+        report = small.pruning
+        with shown(verbose) as progress:
+            net, notes = train_pruned(
+                ask.model,
+                small,
+                folder / "plan.json",
+                training,
+                train,
+                images=images,
+                validation=validation,
+                run=run,
+                memory_bytes=ask.options.memory_bytes,
+                progress=progress,
+            )
+        agreement = report.agreement
+        if images is not None and gives_classes(ask.model):
+            agreement = 1.0 - agreement_drop(*held_out_outputs(ask.model, net, images))
+        net.pruning = replace(report, agreement=agreement, notes=(*report.notes, *notes))
+        return net
+
+
+def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Plan, dict[str, np.ndarray]]:
+    """Return the merged model with its report, its plan, and the arrays beside that."""
+    model, options, start, budget, score_fn = ask.model, ask.options, ask.start, ask.budget, ask.score_fn
+    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(ask.latency), ask.forms, options)
+    limit = drop_limit(model, budget, ask.max_drop, score_fn)
+    way = method_of(ask.method)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
-        scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
+        scores = _score(blocks, images, _parsed(budget), ask.keep, ask.forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, score_fn, options) as judge:
             if limit is not None:
                 found, merged = _from_accuracy(model, blocks, scores, images, limit, way, judge, options, progress)
@@ -156,7 +281,7 @@ def prune(
     worse = [block.name for block in merged.blocks if block.r2 is not None and block.r2 < 0]
     if worse:
         notes = (*notes, f"explained less than a constant would on held-out images: {', '.join(worse)}; keep them")
-    plan = _plan(model, blocks, found, merged.fitted, budget or max_drop or DEFAULT_BUDGET)
+    plan = _plan(model, blocks, found, merged.fitted, budget or ask.max_drop or DEFAULT_BUDGET)
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
@@ -171,7 +296,8 @@ def prune(
         network=scored_blocks(blocks, scores.candidates),
     )
     merged.model.pruning = report
-    return merged.model
+    with_arrays = replace(plan, edits=tuple(replace(edit, arrays=block_name(edit.blocks)) for edit in plan.edits))
+    return merged.model, with_arrays, _arrays(with_arrays, merged.fitted)
 
 
 def search(

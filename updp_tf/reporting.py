@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import dacite
+
 from updp_tf.blocks import Blocks, network_cost, prepared_graph
 from updp_tf.merging import MergedBlock
 from updp_tf.planning import Plan
@@ -123,6 +125,15 @@ class PruningReport:
             "network": [block.as_json() for block in self.network],
         }
 
+    def to_json(self) -> str:
+        """Everything that `from_json` reads back."""
+        return json.dumps(asdict(self), default=_plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningReport:
+        """Return the report that `to_json` wrote."""
+        return dacite.from_dict(cls, json.loads(text), dacite.Config(cast=[tuple, float]))
+
     def __str__(self) -> str:
         lines = [
             f"{self.plan.model}: {len(self.blocks)} blocks merged, "
@@ -142,6 +153,11 @@ class PruningReport:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     __repr__ = __str__
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's, for JSON."""
+    return value.item() if hasattr(value, "item") else list(value)
 
 
 def summary(model: Any, small: Any) -> str:
