@@ -112,11 +112,26 @@ def narrowing() -> str:
     return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
 
 
+def training() -> str:
+    rows = rows_of("resnet20_training.csv")
+    original = rows[0]
+    body = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        same = [row for row in rows if row["way"] == way]
+        start, top1 = ([100 * float(row[name]) for row in same] for name in ("start", "top1"))
+        spread = f" ± {np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
+        less = int(original["macs"]) / int(same[0]["macs"])
+        cells = [f"{less:.2f}x", f"{np.mean(start):.1f}", f"{np.mean(top1):.1f}{spread}", str(len(same))]
+        body.append([way, *cells])
+    return table(["way", "fewer MACs", "before training", "after", "seeds"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resnet56": resnet56,
     "mobilenetv2": mobilenetv2,
     "latency": latency,
     "narrowing": narrowing,
+    "training": training,
 }
 
 
