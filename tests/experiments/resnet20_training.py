@@ -224,8 +224,15 @@ STARTS: dict[str, Callable] = {
     "direct, identity": direct(start="identity"),
     "progressive, whole block, tail ReLU, merged at half": progressive(tail="relu"),
 }
-MAIN = tuple(STARTS)[:5]
-WAYS = (*((way, (0,)) for way in STARTS), *((way, (1, 2)) for way in MAIN))
+# The main comparison first, with three seeds.
+MAIN = (
+    "direct, least squares",
+    "progressive, whole block, merged at half",
+    "blocks dropped",
+    "scratch",
+    "progressive, expanded, merged at half",
+)
+WAYS = (*((way, (0, 1, 2)) for way in MAIN), *((way, (0,)) for way in STARTS))
 
 
 def main() -> None:
