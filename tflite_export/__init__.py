@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tflite_export.benchmark_model import BenchmarkLog, read_benchmark_log
     from tflite_export.benchmarking import BenchmarkRow, BenchmarkTable, benchmark
+    from tflite_export.comparing import Comparison, LayerError, compare
     from tflite_export.convert import ExportResult, export, export_many
     from tflite_export.devices import DeviceOptions, open_device
     from tflite_export.edgetpu import EdgeTpuReport, check_edgetpu
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
     from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
     from tflite_export.latency import LatencyItem, LatencyRow, LatencyTable
     from tflite_export.report import Report, write_report
+    from tflite_export.steps import Step
     from tflite_export.worker import ExportWorker
 
 __all__ = [
     "BenchmarkLog",
     "BenchmarkRow",
     "BenchmarkTable",
+    "Comparison",
     "CompilerError",
     "DataError",
     "DeviceError",
@@ -49,8 +52,8 @@ __all__ = [
     "EdgeTpuCompilation",
     "EdgeTpuLog",
     "EdgeTpuReport",
-    "EthosUCompilation",
     "Estimate",
+    "EthosUCompilation",
     "Evaluation",
     "ExportError",
     "ExportResult",
@@ -59,14 +62,17 @@ __all__ = [
     "LatencyItem",
     "LatencyRow",
     "LatencyTable",
+    "LayerError",
     "ModelError",
     "OptionError",
     "OutputError",
     "Report",
+    "Step",
     "TfliteExportError",
     "TfliteModel",
     "benchmark",
     "check_edgetpu",
+    "compare",
     "compile_edgetpu",
     "compile_ethosu",
     "estimate_phone",
@@ -87,6 +93,7 @@ _MODULE_BY_NAME = {
     "BenchmarkLog": "benchmark_model",
     "BenchmarkRow": "benchmarking",
     "BenchmarkTable": "benchmarking",
+    "Comparison": "comparing",
     "CompilerError": "errors",
     "DataError": "errors",
     "DeviceError": "errors",
@@ -94,12 +101,8 @@ _MODULE_BY_NAME = {
     "EdgeTpuCompilation": "edgetpu_compiler",
     "EdgeTpuLog": "edgetpu_compiler",
     "EdgeTpuReport": "edgetpu",
-    "EthosUCompilation": "ethosu",
     "Estimate": "estimates",
-    "estimate_phone": "estimates",
-    "phones": "estimates",
-    "Report": "report",
-    "write_report": "report",
+    "EthosUCompilation": "ethosu",
     "Evaluation": "evaluation",
     "ExportError": "errors",
     "ExportResult": "convert",
@@ -108,24 +111,31 @@ _MODULE_BY_NAME = {
     "LatencyItem": "latency",
     "LatencyRow": "latency",
     "LatencyTable": "latency",
+    "LayerError": "comparing",
     "ModelError": "errors",
     "OptionError": "errors",
     "OutputError": "errors",
+    "Report": "report",
+    "Step": "steps",
     "TfliteExportError": "errors",
     "TfliteModel": "flatbuffer",
     "benchmark": "benchmarking",
     "check_edgetpu": "edgetpu",
+    "compare": "comparing",
     "compile_edgetpu": "edgetpu_compiler",
     "compile_ethosu": "ethosu",
+    "estimate_phone": "estimates",
     "evaluate": "evaluation",
     "export": "convert",
     "export_many": "convert",
     "open_device": "devices",
     "parse_edgetpu_output": "edgetpu_compiler",
+    "phones": "estimates",
     "read_benchmark_log": "benchmark_model",
     "read_edgetpu_log": "edgetpu_compiler",
     "read_flatbuffer": "flatbuffer",
     "run_tflite": "evaluation",
+    "write_report": "report",
 }
 
 

@@ -19,9 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from tflite_export.errors import DataError, ExportError, ModelError, OutputError, TfliteExportError
+from tflite_export.errors import (
+    DataError,
+    DeviceError,
+    ExportError,
+    ModelError,
+    OutputError,
+    TfliteExportError,
+)
 from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
+from tflite_export.post_training import CORRECT_BIAS, EQUALIZE, RANGES
 from tflite_export.steps import Step
 
 N_PROBES = 16
@@ -119,7 +127,7 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
     samples = _samples(request, model, names, notes)
     cleaned, steps = _cleaned(model, names, request, samples, progress)
     progress("converting")
-    data = _convert_bytes(cleaned, names, _output_names(model), request, samples)
+    data, after = _convert_bytes(cleaned, names, _output_names(model), request, samples, progress)
     del cleaned
     progress("checking the file")
     _write_bytes(Path(request["output"]), data)
@@ -138,7 +146,7 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
         "max_error": error,
         "sha256": file.sha256,
         "notes": notes,
-        "steps": [asdict(step) for step in steps],
+        "steps": [asdict(step) for step in (*steps, *after)],
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": _peak_memory_bytes(),
         "versions": {name: version(name) for name in ("tensorflow", "keras", "ai-edge-litert")},
@@ -291,6 +299,12 @@ def _cleaned(
         fold_input=request["input_normalization"] == "fold",
     )
     cleaned, steps = clean_model(model, purpose)
+    if EQUALIZE in request["post_training"]:
+        from tflite_export.equalization import equalize
+
+        progress("equalizing channels")
+        cleaned, step = equalize(cleaned, [samples[name] for name in names])
+        steps = (*steps, step)
     if cleaned is model:
         return model, steps
     arrays = [
@@ -314,7 +328,9 @@ def _convert_bytes(
     output_names: list[str],
     request: dict[str, Any],
     samples: Mapping[str, np.ndarray],
-) -> bytes:
+    progress: Callable[[str], None],
+) -> tuple[bytes, tuple[Step, ...]]:
+    """Return the file, and what was done for its accuracy."""
     import tensorflow as tf
     from tensorflow.lite.python.convert_phase import ConverterError
 
@@ -322,7 +338,9 @@ def _convert_bytes(
         function = _concrete_function(model, names, output_names)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([function], _variable_holder(model))
         _set_scheme(converter, request, model, names, samples)
-        return converter.convert()
+        if not {*RANGES, CORRECT_BIAS} & set(request["post_training"]) and not request["float_copy"]:
+            return converter.convert(), ()
+        return _quantize_in_steps(converter, request, samples, progress)
     except ModelError:
         raise
     except (ConverterError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
@@ -330,6 +348,43 @@ def _convert_bytes(
             f"TensorFlow {tf.__version__} cannot convert model '{model.name}' to {request['quantize']}: "
             f"{_first_lines(error)}"
         ) from error
+
+
+def _quantize_in_steps(
+    converter: Any, request: dict[str, Any], samples: Mapping[str, np.ndarray], progress: Callable[[str], None]
+) -> tuple[bytes, tuple[Step, ...]]:
+    """Calibrate, set the ranges, quantize, correct the biases: what `convert` does, with our steps between."""
+    from tensorflow.lite.python.convert import mlir_quantize
+
+    from tflite_export.post_training import correct_biases, set_ranges
+
+    steps: list[Step] = []
+    converter._experimental_calibrate_only = True
+    calibrated = bytes(converter.convert())
+    for method in RANGES:
+        if method in request["post_training"]:
+            progress("measuring ranges")
+            try:
+                calibrated, step = set_ranges(calibrated, samples, method=method)
+            except DeviceError as error:  # loops, branches, operators that do not run alone
+                step = Step(method, refused=((request["label"], str(error)),))
+            steps.append(step)
+    if request["float_copy"]:
+        _write_bytes(Path(request["output"]).with_suffix(".float"), calibrated)
+    quantized = mlir_quantize(
+        calibrated,
+        input_data_type=converter.inference_input_type,
+        output_data_type=converter.inference_output_type,
+        disable_per_channel_for_dense_layers=request["target"] == "edgetpu",
+    )
+    if CORRECT_BIAS in request["post_training"]:
+        progress("correcting biases")
+        try:
+            quantized, step = correct_biases(bytes(quantized), calibrated, samples)
+        except DeviceError as error:
+            step = Step(CORRECT_BIAS, refused=((request["label"], str(error)),))
+        steps.append(step)
+    return bytes(quantized), tuple(steps)
 
 
 def _concrete_function(model: Any, names: list[str], output_names: list[str]) -> Any:

@@ -1,8 +1,10 @@
 """Keras 3 models to checked `.tflite` files. The conversion itself runs in a worker process (`_converter.py`)."""
 
+import hashlib
+import json
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from tflite_export.edgetpu import check_edgetpu
 from tflite_export.errors import DataError, ExportError, ModelError, OptionError, OutputError
 from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer
+from tflite_export.metadata import Meaning, make_meaning, with_meaning
+from tflite_export.post_training import DEFAULT_STEPS, EQUALIZE, RANGES, STEPS
 from tflite_export.steps import Step
 from tflite_export.worker import ExportWorker, temporary_files_error
 
@@ -97,14 +101,25 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """A model, either an object or the path of a `.keras` file, and where its file goes."""
+    """A model, either an object or the path of a `.keras` file, and where its files go."""
 
     model: Any
     path: Path
+    float_copy: Path | None = None
+    meaning: Meaning | None = None
 
     @property
     def keras_file(self) -> Path | None:
         return Path(self.model) if isinstance(self.model, str | Path) else None
+
+    @property
+    def beside(self) -> Path:
+        """The JSON file beside the file."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def name(self) -> str:
+        return self.keras_file.stem if self.keras_file else str(self.model.name)
 
     @property
     def label(self) -> str:
@@ -122,6 +137,10 @@ def export(
     target: str | None = None,
     input_normalization: str = "fold",
     clean: bool = True,
+    post_training: Sequence[str] = DEFAULT_STEPS,
+    float_copy: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    normalization: tuple[Any, Any] | None = None,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -148,6 +167,14 @@ def export(
             that is exact; "keep" leaves them as operators of their own.
         clean: whether the network is rewritten first into operators that the runtime runs best, exactly: norms folded,
             grouped convolutions as depthwise ones, and so on; `ExportResult.steps` tells what was done.
+        post_training: what is done for the accuracy of int8, () for nothing: "equalize" gives the channels of a tensor
+            equal ranges; "measure_ranges" takes the range of each activation from the calibration images, "clip_mse"
+            and "clip_percentile" a narrower one; "correct_bias" makes up for the mean error of each layer.
+        float_copy: where the float file goes that the int8 file was quantized from: what `compare` compares it with.
+        labels: name of each class; told inside the file as TFLite Metadata, and in a JSON file beside it
+            (`model.tflite.json`), with this call's result.
+        normalization: mean and standard deviation of what the model reads, (pixel - mean) / std, each a number or one
+            for each channel; told the same way, computed by nobody.
         force: whether an existing file is replaced.
         worker: a worker process to share with other calls; by default one of its own.
         progress: called with (steps done, steps in all, what comes next).
@@ -163,8 +190,15 @@ def export(
         >>> result = export(model, "model.tflite", quantize="int8", calibration=images)  # doctest: +SKIP
         >>> print(result)  # doctest: +SKIP
     """
-    (result,) = export_many(
-        [(model, path)],
+    (result,) = _export(
+        [
+            _Job(
+                model,
+                Path(path),
+                None if float_copy is None else Path(float_copy),
+                make_meaning(labels, normalization),
+            )
+        ],
         quantize=quantize,
         calibration=calibration,
         calibration_limit=calibration_limit,
@@ -172,6 +206,7 @@ def export(
         target=target,
         input_normalization=input_normalization,
         clean=clean,
+        post_training=post_training,
         force=force,
         worker=worker,
         progress=progress,
@@ -189,6 +224,7 @@ def export_many(
     target: str | None = None,
     input_normalization: str = "fold",
     clean: bool = True,
+    post_training: Sequence[str] = DEFAULT_STEPS,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -205,6 +241,7 @@ def export_many(
         target: as in `export`.
         input_normalization: as in `export`.
         clean: as in `export`.
+        post_training: as in `export`.
         force: as in `export`.
         worker: as in `export`.
         progress: as in `export`; counts the steps of all models.
@@ -215,14 +252,49 @@ def export_many(
     Raises:
         TfliteExportError: as in `export`; the files of the models before the one that failed stay.
     """
-    jobs = [_Job(model, Path(path)) for model, path in models]
+    return _export(
+        [_Job(model, Path(path)) for model, path in models],
+        quantize=quantize,
+        calibration=calibration,
+        calibration_limit=calibration_limit,
+        input_dtype=input_dtype,
+        target=target,
+        input_normalization=input_normalization,
+        clean=clean,
+        post_training=post_training,
+        force=force,
+        worker=worker,
+        progress=progress,
+    )
+
+
+def _export(
+    jobs: Sequence[_Job],
+    *,
+    quantize: str,
+    calibration: Any,
+    calibration_limit: int,
+    input_dtype: str | None,
+    target: str | None,
+    input_normalization: str,
+    clean: bool,
+    post_training: Sequence[str],
+    force: bool,
+    worker: ExportWorker | None,
+    progress: Progress | None,
+) -> tuple[ExportResult, ...]:
     input_dtype = _checked_dtype(quantize, input_dtype, target)
     if input_normalization not in _INPUT_NORMALIZATION:
         raise OptionError(f"input_normalization must be one of {_INPUT_NORMALIZATION}, not {input_normalization!r}.")
+    _check_post_training(post_training, clean)
     _check_calibration(quantize, calibration, calibration_limit)
+    post_training = list(post_training) if quantize == "int8" else []
     for job in jobs:
         _check_source(job)
         check_target(job.path, force=force)
+        _check_float_copy(job, quantize, force=force)
+        if job.meaning is not None:
+            check_target(job.beside, force=force)
     if len({job.path.resolve() for job in jobs}) < len(jobs):
         raise OptionError("two models are to be written to the same path: give each its own.")
     if not jobs:
@@ -230,7 +302,7 @@ def export_many(
     # Without quantization they only serve to compare the outputs.
     limit = calibration_limit if quantize in INTEGER_SCHEMES else N_PROBES
     images = None if calibration is None else collect(calibration, limit)
-    steps = _Steps(progress, _STEPS_PER_MODEL * len(jobs))
+    steps = _Steps(progress, (_STEPS_PER_MODEL + len(post_training)) * len(jobs))
     with _work_folder() as folder, _running(worker) as converter:
         scheme = {
             "quantize": quantize,
@@ -238,11 +310,13 @@ def export_many(
             "target": target,
             "input_normalization": input_normalization,
             "clean": clean,
+            "post_training": post_training,
         }
         request = scheme | _save_calibration(images, folder)
         results: list[ExportResult] = []
         for number, job in enumerate(jobs):
             model_request = request | _save_model(job, folder / f"{number}.keras", steps)
+            model_request["float_copy"] = job.float_copy is not None
             answer = converter.convert(model_request, job.label, steps.next)
             results.append(_write(job, folder / f"{number}.tflite", answer, request, images, steps))
     return tuple(results)
@@ -271,6 +345,25 @@ def _checked_dtype(quantize: str, input_dtype: str | None, target: str | None) -
     if target == "edgetpu" and quantize != "int8":
         raise OptionError(f'the Edge TPU runs int8 alone: give quantize="int8", not {quantize!r}.')
     return input_dtype or _SCHEMES[quantize][0]
+
+
+def _check_float_copy(job: _Job, quantize: str, *, force: bool) -> None:
+    if job.float_copy is None:
+        return
+    if quantize != "int8":
+        raise OptionError(f"float_copy is what an int8 file was quantized from: {quantize} files have none.")
+    if job.float_copy.resolve() == job.path.resolve():
+        raise OptionError("float_copy and the file itself are to be written to the same path: give each its own.")
+    check_target(job.float_copy, force=force)
+
+
+def _check_post_training(post_training: Sequence[str], clean: bool) -> None:
+    if isinstance(post_training, str) or not set(post_training) <= set(STEPS):
+        raise OptionError(f"post_training must be a sequence of {STEPS}, not {post_training!r}.")
+    if len(set(RANGES) & set(post_training)) > 1:
+        raise OptionError(f"post_training takes one of {RANGES}, not several.")
+    if EQUALIZE in post_training and not clean and tuple(post_training) != DEFAULT_STEPS:
+        raise OptionError(f"{EQUALIZE!r} needs the norms folded: leave clean=True.")
 
 
 def _check_calibration(quantize: str, calibration: Any, calibration_limit: int) -> None:
@@ -385,17 +478,28 @@ def _write(
 ) -> ExportResult:
     steps.next(f"{job.label}: writing '{job.path}'")
     told = [_edgetpu_note(made, job.label)] if request["target"] == "edgetpu" else []
+    sha256 = answer["sha256"]
+    if job.meaning is not None:
+        with _writing_to(made.parent):
+            data = with_meaning(
+                made.read_bytes(), job.meaning, name=job.keras_file.stem if job.keras_file else job.model.name
+            )
+            made.write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
     place(made, job.path)
     made.unlink()
+    if job.float_copy is not None:
+        place(made.with_suffix(".float"), job.float_copy)
     file = read_flatbuffer(job.path)
-    if file.sha256 != answer["sha256"]:
+    if file.sha256 != sha256:
         raise OutputError(f"'{job.path}' does not hold what was written to it: check the disk.")
     notes = [images.note] if images and images.note and request["quantize"] in INTEGER_SCHEMES else []
     fields = answer | {key: tuple(value) for key, value in answer.items() if isinstance(value, list)}
-    return ExportResult(
+    result = ExportResult(
         **fields
         | {
             "path": job.path,
+            "sha256": sha256,
             "size_bytes": file.size_bytes,
             "quantize": request["quantize"],
             "input_dtype": request["input_dtype"],
@@ -403,6 +507,12 @@ def _write(
             "steps": tuple(Step.from_json(step) for step in answer["steps"]),
         }
     )
+    if job.meaning is not None:
+        with _writing_to(made.parent):
+            made.write_text(json.dumps(result.as_json() | job.meaning.as_json(), indent=1), encoding="utf-8")
+        place(made, job.beside)
+        made.unlink()
+    return result
 
 
 def _edgetpu_note(made: Path, label: str) -> str:

@@ -68,7 +68,7 @@ class ExportWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(),
+            env=converter_environment(),
             text=True,
             encoding="utf-8",
         )
@@ -134,7 +134,8 @@ def _search_path() -> list[str]:
     return [os.path.abspath(entry) for entry in sys.path]
 
 
-def _environment() -> dict[str, str]:
+def converter_environment() -> dict[str, str]:
+    """Return the environment of a process that converts: TensorFlow on the processor, modules found as here."""
     environment = dict(os.environ)
     environment.pop("TF_USE_LEGACY_KERAS", None)
     return environment | {

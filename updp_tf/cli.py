@@ -23,6 +23,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from tflite_export.errors import DataError, TfliteExportError
+from tflite_export.post_training import DEFAULT_STEPS, STEPS
 from updp_tf.errors import ModelError, UpdpError
 from updp_tf.run_dir import write_atomically
 
@@ -77,6 +78,13 @@ class TablePrecision(StrEnum):
     float16 = "float16"
     dynamic = "dynamic"
     int8 = "int8"
+
+
+class InputNormalization(StrEnum):
+    """What `export` does with Rescaling and Normalization behind the input."""
+
+    fold = "fold"
+    keep = "keep"
 
 
 class Target(StrEnum):
@@ -329,11 +337,32 @@ def export(
     quantize: Annotated[Precision, typer.Option(help="int8 and int16x8 need calibration images.")] = Precision.float32,
     calibration: Images = None,
     target: Annotated[Target | None, typer.Option(help="Write int8 as this accelerator's compiler takes it.")] = None,
+    input_normalization: Annotated[
+        InputNormalization, typer.Option(help="Fold Rescaling and Normalization into the first layer where exact.")
+    ] = InputNormalization.fold,
+    clean: Annotated[
+        bool, typer.Option(help="Rewrite the network first, exactly, into operators that run best.")
+    ] = True,
+    post_training: Annotated[
+        str, typer.Option(metavar="STEPS", help=f"For int8, with commas: {', '.join(STEPS)}; or none.")
+    ] = ",".join(DEFAULT_STEPS) or "none",
+    float_copy: Annotated[
+        Path | None, typer.Option(metavar="FLOAT.tflite", help="Write what int8 was quantized from, for `compare`.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="LABELS.txt", help="Names of the classes, one a line, told in the file.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="M[,M,M]", help="With --std: the model reads (pixel - mean) / std; told too.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="S[,S,S]", help="See --mean.")] = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as a .tflite file, read it back, and compare it with the model."""
+    if (mean is None) != (std is None):
+        raise typer.BadParameter("give both or none.", param_hint="--mean / --std")
     with _working(debug) as show, _progress() as progress:
         import tflite_export
 
@@ -344,9 +373,53 @@ def export(
             quantize=quantize.value,
             calibration=images,
             target=target.value if target else None,
+            input_normalization=input_normalization.value,
+            clean=clean,
+            post_training=_steps(post_training),
+            float_copy=float_copy,
+            labels=None if labels is None else _read_lines(labels),
+            normalization=None if mean is None or std is None else (_floats(mean, "--mean"), _floats(std, "--std")),
             force=force,
             progress=progress,
         )
+        show(result.as_json() if as_json else str(result))
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the labels in '{path}': {error}") from error
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas, got {text!r}.", param_hint=option) from None
+
+
+def _steps(text: str) -> list[str]:
+    return [] if text == "none" else [word.strip() for word in text.split(",")]
+
+
+@app.command()
+def compare(
+    reference: Annotated[Path, typer.Argument(metavar="FLOAT.tflite", help="As `export --float-copy` writes it.")],
+    model: Annotated[Path, typer.Argument(metavar="INT8.tflite", help="The file that was quantized from it.")],
+    images: Annotated[str, typer.Option(metavar="IMAGES", help="FILE.npy, FILE.npz, or FILE.npz:KEY; 20 tell enough.")],
+    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the errors.")] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Show which layers of an int8 file are off, against the float file it was made from."""
+    with _working(debug) as show, _progress() as progress:
+        import tflite_export
+
+        result = tflite_export.compare(reference, model, _load_array(images, "images"), progress=progress)
+        if plot is not None:
+            result.plot(plot, force=force)
         show(result.as_json() if as_json else str(result))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.experiments import mobilenet_v2_merging as mobilenet
+from tests.experiments import quantization
 from tests.experiments import resnet56_merging as resnet
 from tests.experiments.records import HERE
 
@@ -126,12 +127,37 @@ def training() -> str:
     return table(["way", "fewer MACs", "before training", "after", "seeds"], body)
 
 
+def int8() -> str:
+    body = []
+    for row in sorted(rows_of("quantization.csv"), key=order_of_int8):
+        lost, low, high = quantization.points_lost(row)
+        top1 = f"{100 * float(row['top1_float']):.1f} -> {100 * float(row['top1']):.1f}"
+        agreement, kl = f"{100 * float(row['agreement']):.1f}", f"{float(row['mean_kl']):.4f}"
+        interval = f"{lost:.1f} [{low:.1f}, {high:.1f}]"
+        body.append([row["network"], row["way"], top1, interval, agreement, kl, f"{float(row['sqnr_db']):.1f}"])
+    head = [
+        "network",
+        "steps",
+        "top-1 %, float -> int8",
+        "points lost, 95 % interval",
+        "agreement %",
+        "mean KL",
+        "SQNR dB",
+    ]
+    return table(head, body)
+
+
+def order_of_int8(row: dict[str, str]) -> tuple[int, int]:
+    return quantization.NETWORKS.index(row["network"]), list(quantization.WAYS).index(row["way"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resnet56": resnet56,
     "mobilenetv2": mobilenetv2,
     "latency": latency,
     "narrowing": narrowing,
     "training": training,
+    "int8": int8,
 }
 
 
