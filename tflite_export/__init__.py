@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tflite_export.evaluation import Evaluation, evaluate, run_tflite
     from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
     from tflite_export.latency import LatencyItem, LatencyRow, LatencyTable
+    from tflite_export.qat import QatResult, quantize_aware
     from tflite_export.report import Report, write_report
     from tflite_export.steps import Step
     from tflite_export.worker import ExportWorker
@@ -66,6 +67,7 @@ __all__ = [
     "ModelError",
     "OptionError",
     "OutputError",
+    "QatResult",
     "Report",
     "Step",
     "TfliteExportError",
@@ -82,6 +84,7 @@ __all__ = [
     "open_device",
     "parse_edgetpu_output",
     "phones",
+    "quantize_aware",
     "read_benchmark_log",
     "read_edgetpu_log",
     "read_flatbuffer",
@@ -115,6 +118,7 @@ _MODULE_BY_NAME = {
     "ModelError": "errors",
     "OptionError": "errors",
     "OutputError": "errors",
+    "QatResult": "qat",
     "Report": "report",
     "Step": "steps",
     "TfliteExportError": "errors",
@@ -131,6 +135,7 @@ _MODULE_BY_NAME = {
     "open_device": "devices",
     "parse_edgetpu_output": "edgetpu_compiler",
     "phones": "estimates",
+    "quantize_aware": "qat",
     "read_benchmark_log": "benchmark_model",
     "read_edgetpu_log": "edgetpu_compiler",
     "read_flatbuffer": "flatbuffer",

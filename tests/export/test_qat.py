@@ -1,0 +1,73 @@
+"""Quantization-aware training through its own process: the bridge, the ranges, the file, and the way back."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+
+import tflite_export
+from tests.export.conftest import inverted_residuals, randomise, some_images
+from tests.export.test_convert import keras_outputs, signal_to_noise_db
+from tflite_export import DataError, ModelError, OptionError, OutputError, quantize_aware
+
+
+@pytest.mark.slow
+def test_a_network_learns_to_live_with_int8(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = inverted_residuals()
+    images = some_images(160, shape=model.input_shape[1:])
+    before = [np.array(weight) for weight in model.get_weights()]
+    seen = []
+    result = quantize_aware(
+        model, tmp_path / "m.tflite", images, steps=60, learning_rate=1e-4, progress=lambda *step: seen.append(step)
+    )
+    assert all(np.array_equal(old, new) for old, new in zip(before, model.get_weights(), strict=True))
+    assert os.environ.get("TF_USE_LEGACY_KERAS") is None, "the switch stays in the other process"
+    assert result.bridge_error <= 1e-5 and result.file_error <= 0.05
+    # Calibrated ranges start close to the float network: ranges of -6 to 6 gave a distance of 0.5 here.
+    assert result.loss_after < result.loss_before < 0.05 and result.loss == "probabilities"
+    file = tflite_export.read_flatbuffer(result.path)
+    assert {tensor.dtype for tensor in file.tensors} <= {"int8", "int32"} and file.input_names == ("image",)
+    wanted = keras_outputs(model, images[:40])
+    assert signal_to_noise_db(wanted, tflite_export.run_tflite(result.path, images[:40])) > 25
+    # The weights that came back are those of the float network after training: close to it, and changed.
+    assert signal_to_noise_db(wanted, keras_outputs(result.model, images[:40])) > 20
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in result.model.layers)
+    assert seen[-1][:2] == (60, 60)
+    assert json.loads(json.dumps(result.as_json()))["loss_after"] == result.loss_after
+
+
+def with_layer(layer) -> keras.Model:
+    image = keras.Input((9, 9, 3), name="image")
+    return randomise(keras.Model(image, keras.layers.Flatten()(layer(keras.layers.Conv2D(4, 3)(image)))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (keras.layers.LayerNormalization(name="norm"), "layer 'norm' is a LayerNormalization, which"),
+        (keras.layers.Activation("mish", name="act"), "layer 'act' applies 'mish', which"),
+    ],
+)
+def test_layers_without_a_scheme_are_named(tmp_path, layer, message):
+    with pytest.raises(ModelError, match=message):
+        quantize_aware(with_layer(layer), tmp_path / "m.tflite", some_images(4, shape=(9, 9, 3)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_told_before_anything_runs(tmp_path):
+    model, images = with_layer(keras.layers.ReLU()), some_images(4, shape=(9, 9, 3))
+    with pytest.raises(DataError, match="takes"):
+        quantize_aware(model, tmp_path / "m.tflite", images[:, :5])
+    with pytest.raises(OptionError, match="steps and batch_size"):
+        quantize_aware(model, tmp_path / "m.tflite", images, steps=0)
+    with pytest.raises(OptionError, match="input_dtype"):
+        quantize_aware(model, tmp_path / "m.tflite", images, input_dtype="int4")
+    (tmp_path / "m.tflite").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="exists already"):
+        quantize_aware(model, tmp_path / "m.tflite", images)
+    two = keras.Model(model.input, [model.output, model.output])
+    with pytest.raises(ModelError, match="several inputs or outputs"):
+        quantize_aware(two, tmp_path / "other.tflite", images)

@@ -1,0 +1,359 @@
+"""Quantization-aware training: a network learns to live with int8, from its own float outputs. Labels are not needed.
+
+tensorflow-model-optimization knows Keras 2 alone and switches Keras for its whole process, so the training runs in a
+process of its own (`_qat.py`), on the network rebuilt there from data and compared with this one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tflite_export._converter import signature_names
+from tflite_export.calibration import collect
+from tflite_export.errors import DataError, ExportError, ModelError, OptionError
+from tflite_export.files import check_target, place
+from tflite_export.flatbuffer import read_flatbuffer
+from tflite_export.interpreter import TfliteRunner
+from tflite_export.steps import Step
+from tflite_export.worker import converter_environment
+
+Progress = Callable[[int, int, str], None]
+
+_N_PROBES = 16
+_N_CHECKS = 10
+# The file rounds as the fake quantization does, give or take a step of the output here and there.
+_FILE_TOLERANCE = 0.05
+_IO_TYPES = ("int8", "uint8", "float32")
+
+_CONVOLUTION = ("kernel_size", "strides", "padding", "dilation_rate", "activation", "use_bias")
+_CONFIG: dict[str, tuple[str, ...]] = {
+    "Add": (),
+    "AveragePooling2D": ("pool_size", "strides", "padding"),
+    "Activation": ("activation",),
+    "BatchNormalization": ("axis", "epsilon", "center", "scale"),
+    "Concatenate": ("axis",),
+    "Conv2D": ("filters", "groups", *_CONVOLUTION),
+    "Dense": ("units", "activation", "use_bias"),
+    "DepthwiseConv2D": ("depth_multiplier", *_CONVOLUTION),
+    "Flatten": (),
+    "GlobalAveragePooling2D": ("keepdims",),
+    "MaxPooling2D": ("pool_size", "strides", "padding"),
+    "Multiply": (),
+    "ReLU": ("max_value", "negative_slope", "threshold"),
+    "Reshape": ("target_shape",),
+    "Softmax": ("axis",),
+    "UpSampling2D": ("size", "interpolation"),
+    "ZeroPadding2D": ("padding",),
+}
+"""Kinds of layers that the quantizer knows, and the part of their configuration that says what they do."""
+_ACTIVATIONS = {
+    "linear": "linear",
+    "relu": "relu",
+    "softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "silu": "swish",
+    "gelu": "gelu",
+}
+"""Activations that the quantizer has a scheme for, and what they are called in Keras 2."""
+
+
+@dataclass(frozen=True)
+class QatResult:
+    """What came of the training.
+
+    Attributes:
+        path: the int8 file.
+        model: the network with the trained weights, in Keras 3, norms folded.
+        size_bytes: of the file.
+        operators: how often each operator occurs.
+        loss_before: distance from the float network's outputs on held-out images, ranges calibrated, before training.
+        loss_after: the same after; not above `loss_before`, since the best is kept, no training included.
+        loss: what is measured: "probabilities" and "logits" by Kullback-Leibler divergence in nats, "values" by the
+            squared error in parts of the squared outputs.
+        bridge_error: largest difference of the network rebuilt in Keras 2, in parts of the largest output.
+        file_error: largest difference of the file from the fake quantization it was trained with, the same way.
+        steps: what was rewritten before.
+    """
+
+    path: Path
+    model: Any
+    size_bytes: int
+    operators: dict[str, int]
+    loss_before: float
+    loss_after: float
+    loss: str
+    bridge_error: float
+    file_error: float
+    steps: tuple[Step, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as values that `json.dump` takes, without the model."""
+        fields = asdict(replace(self, model=None))
+        fields.pop("model")
+        return fields | {"path": str(self.path)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: int8 after quantization-aware training, {self.size_bytes:,} bytes, distance from the float "
+            f"network on held-out images {self.loss_before:.3g} -> {self.loss_after:.3g} ({self.loss})"
+        )
+
+
+def quantize_aware(
+    model: Any,
+    path: str | Path,
+    images: Any,
+    *,
+    steps: int = 500,
+    batch_size: int = 32,
+    learning_rate: float = 1e-5,
+    limit: int = 5_000,
+    input_dtype: str = "int8",
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QatResult:
+    """Train a network with fake quantization to its own float outputs, and write it as an int8 file.
+
+    Its norms are folded first. The ranges of activations are those of the images before the first step. A tenth of the
+    images is held out; the weights that come closest to the float network on them are kept.
+
+    Args:
+        model: a Functional or Sequential Keras 3 model with one input and one output; it is not changed.
+        path: the file to write.
+        images: what it is trained on, unlabelled, as the model takes them: as `calibration` of `export`.
+        steps: of training.
+        batch_size: images a step.
+        learning_rate: of Adam, at the start; it falls to 0 by a cosine.
+        limit: use at most this many images.
+        input_dtype: type of inputs and outputs: "int8", "uint8" or "float32".
+        seed: of the order of the images.
+        force: whether an existing file is replaced.
+        progress: called with (steps done, steps in all, what comes next).
+
+    Raises:
+        ModelError: a layer that the quantizer has no scheme for, by name, or several inputs or outputs.
+        DataError: images that are missing, not finite, or of the wrong shape.
+        OptionError: an option is out of range.
+        ExportError: tensorflow-model-optimization is not installed, or the training or the file went wrong.
+        OutputError: the file exists and `force` is not set, or it cannot be written.
+
+    Example:
+        >>> result = quantize_aware(model, "model.tflite", images)  # doctest: +SKIP
+        >>> print(result)  # doctest: +SKIP
+    """
+    _check_options(steps, batch_size, learning_rate, input_dtype)
+    target = Path(path)
+    check_target(target, force=force)
+    from tflite_export.clean import Purpose, clean_model
+
+    gathered = collect(images, limit)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ModelError(f"model '{model.name}' has several inputs or outputs: training takes one of each.")
+    (array,) = gathered.arrays
+    if array.shape[1:] != tuple(model.inputs[0].shape[1:]) or len(array) < 2:
+        raise DataError(f"the images have shape {array.shape}, but model '{model.name}' takes {model.inputs[0].shape}.")
+    cleaned, done = clean_model(model, Purpose())
+    with tempfile.TemporaryDirectory(prefix="tflite_export_") as name:
+        folder = Path(name)
+        request = _write_request(folder, model, cleaned, array) | {
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "input_dtype": input_dtype,
+            "check_every": max(1, steps // _N_CHECKS),
+            "seed": seed,
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        answer = _run(folder, model.name, steps, progress)
+        trained = _with_weights(cleaned, dict(np.load(folder / "trained.npz")))
+        file_error = _file_error(folder, array, model.name)
+        place(folder / "model.tflite", target)
+    file = read_flatbuffer(target)
+    return QatResult(
+        path=target,
+        model=trained,
+        size_bytes=file.size_bytes,
+        operators=file.operator_counts,
+        loss_before=answer["loss_before"],
+        loss_after=answer["loss_after"],
+        loss=request["loss"],
+        bridge_error=answer["bridge_error"],
+        file_error=file_error,
+        steps=done,
+    )
+
+
+def _check_options(steps: int, batch_size: int, learning_rate: float, input_dtype: str) -> None:
+    if steps < 1 or batch_size < 1 or not 0 < learning_rate < 1:
+        raise OptionError(
+            f"steps and batch_size must be at least 1 and learning_rate between 0 and 1, not {steps}, {batch_size} and "
+            f"{learning_rate}."
+        )
+    if input_dtype not in _IO_TYPES:
+        raise OptionError(f"input_dtype must be one of {_IO_TYPES}, not {input_dtype!r}.")
+    missing = [name for name in ("tensorflow_model_optimization", "tf_keras") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"{' and '.join(missing)} not found: install updp-tf[qat].")
+
+
+def _write_request(folder: Path, model: Any, cleaned: Any, images: np.ndarray) -> dict[str, Any]:
+    """Leave the network as data, and its outputs to compare with."""
+    import keras
+
+    nodes, weights, output = _as_data(cleaned)
+    np.savez(folder / "weights.npz", **weights)
+    np.save(folder / "images.npy", images.astype(np.float32))
+    probes = keras.ops.convert_to_tensor(images[:_N_PROBES].astype(np.float32))
+    expected = keras.ops.convert_to_numpy(cleaned(probes, training=False))
+    np.save(folder / "expected.npy", expected)
+    names = [tensor._keras_history.operation.name for tensor in (model.inputs[0], model.outputs[0])]
+    input_name, output_name = (signature_names([name])[0] for name in names)
+    return {
+        "nodes": nodes,
+        "inputs": nodes[0]["name"],
+        "output": output,
+        "input_name": input_name,
+        "output_name": output_name,
+        "loss": _kind_of_output(expected),
+    }
+
+
+def _kind_of_output(outputs: np.ndarray) -> str:
+    if outputs.ndim != 2 or outputs.shape[1] == 1:
+        return "values"
+    sums = outputs.sum(axis=1)
+    return "probabilities" if outputs.min() >= 0 and np.allclose(sums, 1, atol=1e-3) else "logits"
+
+
+def _as_data(model: Any) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """Return the calls of a network as data, its weights by layer and number, and the name of its output.
+
+    Raises:
+        ModelError: a layer that the quantizer has no scheme for.
+    """
+    from updp_tf import rules
+    from updp_tf.graph import read_graph
+
+    graph = read_graph(model)
+    renamed: dict[str, str] = {}
+    nodes: list[dict[str, Any]] = []
+    weights: dict[str, Any] = {}
+    layer_names: dict[int, str] = {}
+    for node in graph:
+        read = [renamed.get(ref.node, ref.node) for ref in node.inputs]
+        if node.is_input:
+            nodes.append(
+                {"name": node.name, "kind": node.kind, "shape": node.shapes[0][1:], "n_weights": 0, "layer": ""}
+            )
+            continue
+        if rules.is_passive(node):
+            renamed[node.name] = read[0]
+            continue
+        layer = layer_names.setdefault(id(node.layer), node.name)
+        stored = node.layer.get_weights()
+        weights |= {f"{layer}/{number}": value for number, value in enumerate(stored)}
+        nodes.append(
+            {
+                "name": node.name,
+                "layer": layer,
+                "kind": node.kind,
+                "config": _config(node),
+                "inputs": read,
+                "is_list": node.kind in ("Add", "Concatenate", "Multiply"),
+                "n_weights": len(stored),
+            }
+        )
+    (output,) = graph.output_refs
+    return nodes, weights, renamed.get(output.node, output.node)
+
+
+def _config(node: Any) -> Mapping[str, Any]:
+    if node.kind not in _CONFIG:
+        raise ModelError(
+            f"layer '{node.name}' is a {node.kind}, which tensorflow-model-optimization has no scheme for: "
+            f"export with quantize='int8' instead, or replace it (known: {', '.join(_CONFIG)})."
+        )
+    config = node.layer.get_config()
+    if config.get("data_format", "channels_last") != "channels_last":
+        raise ModelError(f"layer '{node.name}' is channels_first, which .tflite files are not.")
+    kept = {key: config[key] for key in _CONFIG[node.kind]}
+    if "activation" in kept:
+        if kept["activation"] not in _ACTIVATIONS:
+            raise ModelError(
+                f"layer '{node.name}' applies '{kept['activation']}', which tensorflow-model-optimization has no "
+                f"scheme for: known are {', '.join(_ACTIVATIONS)}."
+            )
+        kept["activation"] = _ACTIVATIONS[kept["activation"]]
+    return kept
+
+
+def _run(folder: Path, label: str, steps: int, progress: Progress | None) -> dict[str, Any]:
+    """Run the process to its end and return what it left."""
+    command = [sys.executable, "-P", "-m", "tflite_export._qat", str(folder)]
+    environment = converter_environment() | {"TF_USE_LEGACY_KERAS": "1"}
+    with tempfile.TemporaryFile() as log:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, encoding="utf-8"
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    if progress and line.startswith("{"):
+                        told = json.loads(line)
+                        progress(told["step"], steps, f"training '{label}', held-out distance {told['held_out']:.3g}")
+            except BaseException:  # interrupted, or a callback that raised: nobody wants the rest
+                process.kill()
+                raise
+        status = process.returncode
+        log.seek(0)
+        last = [line for line in log.read().decode("utf-8", errors="replace").splitlines() if line.strip()][-5:]
+    if status or not (folder / "result.json").is_file():
+        raise ExportError(
+            f"training model '{label}' ended with status {status}; its last lines were:\n" + "\n".join(last)
+        )
+    answer = json.loads((folder / "result.json").read_text())
+    if "error" in answer:
+        raise ModelError(f"model '{label}' cannot be trained with fake quantization: {answer['error']}.")
+    return answer
+
+
+def _with_weights(model: Any, trained: Mapping[str, np.ndarray]) -> Any:
+    """Return a copy of a network with other weights where there are any."""
+    from updp_tf.graph import build_model, read_graph
+
+    graph = read_graph(model)
+    clone = build_model(graph)
+    layers = {layer.name: layer for layer in clone.layers}
+    for node in graph:
+        stored = [trained[key] for key in sorted(trained) if key.rpartition("/")[0] == node.name]
+        if stored:
+            layers[node.name].set_weights(stored)
+    return clone
+
+
+def _file_error(folder: Path, images: np.ndarray, label: str) -> float:
+    """Return how far the file is from the fake quantization that was trained.
+
+    Raises:
+        ExportError: too far: it quantizes elsewhere.
+    """
+    fake = np.load(folder / "fake.npy")
+    (found,) = TfliteRunner(folder / "model.tflite").run(images[: len(fake)].astype(np.float32)).values()
+    error = float(np.abs(found - fake).max() / max(float(np.abs(fake).max()), 1e-30))
+    if not error <= _FILE_TOLERANCE:
+        raise ExportError(
+            f"the int8 file of model '{label}' differs by {error:.2g} of the largest output from the fake quantization "
+            "it was trained with: the converter quantizes elsewhere."
+        )
+    return error
