@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from updp_tf.schedule import Schedule
     from updp_tf.scoring import CalibrationWarning
     from updp_tf.searching import SearchReport
+    from updp_tf.supernet import Supernet
     from updp_tf.sweeping import Sweep, sweep
     from updp_tf.training import BlendSchedule, Training
 
@@ -102,6 +103,7 @@ _MODULE_BY_NAME = {
     "Schedule": "schedule",
     "BlendSchedule": "training",
     "Training": "training",
+    "Supernet": "supernet",
 }
 
 __all__ = [
@@ -134,6 +136,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "ShapeError",
+    "Supernet",
     "Uniform",
     "Sweep",
     "Training",

@@ -101,7 +101,7 @@ class Judge:
         if self._score_fn is not None:
             return "score_fn"
         outputs = [self._original[ref][: self.n_images] for ref in self._blocks.graph.output_refs]
-        return "KL" if any(_are_probabilities(one) for one in outputs) else "squared error"
+        return "KL" if any(are_probabilities(one) for one in outputs) else "squared error"
 
     def loss(self, chosen: Sequence[Candidate]) -> float:
         """Return how far the outputs of the network with some forms in it are from the original's; 0 for equal ones."""
@@ -177,20 +177,24 @@ def divergence(original: np.ndarray, pruned: np.ndarray) -> float:
         pruned: of the same shape.
     """
     p, q = original.astype(np.float64), pruned.astype(np.float64)
-    if not _are_probabilities(original):
+    if not are_probabilities(original):
         spread = float(np.square(p - p.mean(axis=0)).sum())
         return float(np.square(p - q).sum()) / (spread or 1.0)
     p, q = (np.clip(one, SMALLEST_PROBABILITY, 1.0) for one in (p, q))
-    if _sum_to_one(original):
+    if sum_to_one(original):
         return float((p * np.log(p / q)).sum(axis=-1).mean())
     not_p, not_q = (np.clip(1.0 - one, SMALLEST_PROBABILITY, 1.0) for one in (p, q))
     both = p * np.log(p / q) + not_p * np.log(not_p / not_q)
     return float(both.sum() / len(p))
 
 
-def _are_probabilities(output: np.ndarray) -> bool:
+def are_probabilities(output: np.ndarray) -> bool:
+    """True where all numbers lie between 0 and 1."""
     return bool((output >= 0).all() and (output <= 1 + 1e-3).all())
 
 
-def _sum_to_one(output: np.ndarray) -> bool:
-    return bool(output.shape[-1] > 1 and np.allclose(output.sum(axis=-1, dtype=np.float64), 1.0, atol=1e-2))
+def sum_to_one(output: np.ndarray) -> bool:
+    """True where the last axis holds the probabilities of classes."""
+    return bool(output.shape[-1] > 1 and are_probabilities(output)) and bool(
+        np.allclose(output.sum(axis=-1, dtype=np.float64), 1.0, atol=1e-2)
+    )

@@ -102,6 +102,7 @@ def prune(
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
     latency: LatencyTable | str | os.PathLike[str] | None = None,
+    judge: Measures | None = None,
     train: Any = None,
     validation: Iterable[Any] | None = None,
     training: Training | None = None,
@@ -129,6 +130,7 @@ def prune(
             settings.
         latency: what blocks and forms take on a device, as `measure_latency` returns it, or its file; no form that it
             says is slower than its block is picked, whatever the budget.
+        judge: what measures plans in the place of held-out calibration images, for instance `Supernet.judge(...)`.
         train: data to train the pruned network on, the original teaching: (images, labels) or images as arrays, a
             `PyDataset`, or a `tf.data.Dataset` of batches that gives the same ones each time; labels are optional. No
             training where None.
@@ -155,7 +157,7 @@ def prune(
     """
     if train is None and (validation, training, run_dir) != (None, None, None):
         raise TrainingError("`validation`, `training` and `run_dir` belong to a training: give `train` as well.")
-    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, latency, *_started(options, calibration))
+    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, *_started(options, calibration))
     if train is not None:
         return _prune_and_train(ask, calibration, train, validation, training or Training(), run_dir, verbose)
     return _prune_at_once(ask, calibration, verbose)[0]
@@ -172,6 +174,7 @@ class _Ask:
     forms: Sequence[str] | None
     score_fn: ScoreFn | None
     method: str | Method
+    judge: Measures | None
     latency: LatencyTable | str | os.PathLike[str] | None
     options: Options
     start: Start
@@ -189,6 +192,7 @@ class _Ask:
             "forms": None if self.forms is None else list(self.forms),
             "score_fn": None if self.score_fn is None else getattr(self.score_fn, "__qualname__", "a function"),
             "method": str(self.method),
+            "judge": None if self.judge is None else f"{self.judge.measure} on {self.judge.n_images} images",
             "latency": None if self.latency is None else str(self.latency),
             "options": asdict(self.options),
         }
@@ -266,11 +270,11 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
     notes: tuple[str, ...] = ()
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), ask.keep, ask.forms, start, options, cost_of, progress)
-        with _judge(blocks, scores, images, way, score_fn, options) as judge:
+        with _judge(blocks, scores, images, way, ask.judge, score_fn, options) as measures:
             if limit is not None:
-                found, merged = _from_accuracy(model, blocks, scores, images, limit, way, judge, options, progress)
+                found, merged = _from_accuracy(model, blocks, scores, images, limit, way, measures, options, progress)
             else:
-                found = _choose(blocks, scores, budget, way, judge, progress)
+                found = _choose(blocks, scores, budget, way, measures, progress)
                 notes = (found.note,) if found.note else ()
                 merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)
         if options.reconstruct_steps and images is not None:
@@ -310,6 +314,7 @@ def search(
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
     latency: LatencyTable | str | os.PathLike[str] | None = None,
+    judge: Measures | None = None,
     options: Options | None = None,
     path: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -326,6 +331,7 @@ def search(
         score_fn: as for `prune`; what `method` measures plans with.
         method: as for `prune`.
         latency: as for `prune`.
+        judge: as for `prune`.
         options: as for `prune`.
         path: write the plan there, and the fitted arrays beside it, so that `merge` needs no images.
         force: replace files that exist.
@@ -340,8 +346,8 @@ def search(
     blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(latency), forms, options)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
-        with _judge(blocks, scores, images, way, score_fn, options) as judge:
-            found = _choose(blocks, scores, budget, way, judge, progress)
+        with _judge(blocks, scores, images, way, judge, score_fn, options) as measures:
+            found = _choose(blocks, scores, budget, way, measures, progress)
     fitted = {block_name(one.blocks): scores.fitted[one.key] for one in found.solution.chosen}
     plan = _plan(model, blocks, found, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if path is not None:
@@ -591,10 +597,14 @@ def _judge(
     scores: Scores,
     images: np.ndarray | None,
     method: Method,
+    given: Measures | None,
     score_fn: ScoreFn | None,
     options: Options,
 ) -> Iterator[Measures | None]:
     """Give what measures whole plans, where the method measures any and there are images to do it on."""
+    if given is not None:
+        yield given
+        return
     if images is None or not method.measures:
         yield None
         return
