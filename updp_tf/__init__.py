@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
     from updp_tf.measuring import estimate_latency, measure_latency
+    from updp_tf.learning import Learned
+    from updp_tf.measuring import measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
@@ -54,6 +56,7 @@ _MODULE_BY_NAME = {
     "Additive": "choosing",
     "Exact": "choosing",
     "Genetic": "evolving",
+    "Learned": "learning",
     "Random": "choosing",
     "Uniform": "choosing",
     "BudgetError": "errors",
@@ -118,6 +121,7 @@ __all__ = [
     "Exact",
     "FormError",
     "Genetic",
+    "Learned",
     "MergeError",
     "MissingLatencyError",
     "ModelError",

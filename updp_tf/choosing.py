@@ -5,7 +5,7 @@ All look in the same `Space` and, but for the first, compare choices by what a j
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from updp_tf.errors import BudgetError, CalibrationError
 from updp_tf.evolving import Genetic, evolve
+from updp_tf.learning import Learned
 from updp_tf.searching import Measured, SearchReport, Solution, Space
 from updp_tf.structure import Candidate
 from updp_tf.walking import Progress
@@ -89,9 +90,9 @@ class Uniform:
     measures = False
 
 
-Method = Additive | Exact | Random | Uniform | Genetic
+Method = Additive | Exact | Random | Uniform | Genetic | Learned
 
-METHODS: dict[str, type[Method]] = {one.name: one for one in (Additive, Exact, Random, Uniform, Genetic)}
+METHODS: dict[str, type[Method]] = {one.name: one for one in (Additive, Exact, Random, Uniform, Genetic, Learned)}
 
 
 def method_of(asked: str | Method) -> Method:
@@ -108,7 +109,11 @@ def method_of(asked: str | Method) -> Method:
 
 
 def choose(
-    space: Space, method: Method, judge: Measures | None, progress: Progress | None = None
+    space: Space,
+    method: Method,
+    judge: Measures | None,
+    progress: Progress | None = None,
+    learned: Callable[[Space, Learned], Mapping[str, float]] | None = None,
 ) -> tuple[Solution, SearchReport]:
     """Return the choice that a method takes, and what it looked at; deterministic for equal arguments.
 
@@ -117,10 +122,11 @@ def choose(
         method: how to search.
         judge: measures choices; None where nothing can be measured: then sums of scores decide.
         progress: called after each measured choice.
+        learned: learns scores for the items of a space; None where there is nothing to learn from.
 
     Raises:
         BudgetError: `uniform` finds no evenly spread blocks within the budget.
-        CalibrationError: a genetic search, and nothing to measure on.
+        CalibrationError: a genetic or learned search, and no images.
         RunError: the storage of a genetic search holds a study of other plans.
     """
     if isinstance(method, Uniform):
@@ -134,6 +140,13 @@ def choose(
             return min(drawn, key=lambda one: one.score), SearchReport(method.name)
         tally = _Tally(judge, progress, method.n)
         return tally.best_of(drawn), tally.report(method.name)
+    if isinstance(method, Learned):
+        if judge is None or learned is None:
+            raise CalibrationError("A learned search trains on calibration images: give some.")
+        tally = _Tally(judge, progress, 1)
+        found = space.smallest(learned(space, method))
+        tally.loss(found)
+        return found, tally.report(method.name)
     if judge is None:
         if isinstance(method, Genetic):
             raise CalibrationError("A genetic search measures plans: give calibration images.")

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,6 +26,7 @@ from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.judging import Judge, ScoreFn
+from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.planning import Edit, Plan
@@ -274,7 +276,7 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
             if limit is not None:
                 found, merged = _from_accuracy(model, blocks, scores, images, limit, way, measures, options, progress)
             else:
-                found = _choose(blocks, scores, budget, way, measures, progress)
+                found = _choose(blocks, scores, images, budget, way, measures, progress)
                 notes = (found.note,) if found.note else ()
                 merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)
         if options.reconstruct_steps and images is not None:
@@ -347,7 +349,7 @@ def search(
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, judge, score_fn, options) as measures:
-            found = _choose(blocks, scores, budget, way, measures, progress)
+            found = _choose(blocks, scores, images, budget, way, measures, progress)
     fitted = {block_name(one.blocks): scores.fitted[one.key] for one in found.solution.chosen}
     plan = _plan(model, blocks, found, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if path is not None:
@@ -381,7 +383,7 @@ class Scored:
         Raises:
             BudgetError: no choice is within the budget, or the model is within it as it is.
         """
-        found = _choose(self.blocks, self.scores, budget, method_of("additive"), None, self.progress)
+        found = _choose(self.blocks, self.scores, None, budget, method_of("additive"), None, self.progress)
         fitted = {block_name(one.blocks): self.scores.fitted[one.key] for one in found.solution.chosen}
         return _plan(self.model, self.blocks, found, fitted, budget), found.solution
 
@@ -573,13 +575,15 @@ class Found:
 def _choose(
     blocks: Blocks,
     scores: Scores,
+    images: np.ndarray | None,
     budget: Mapping[str, float] | None,
     method: Method,
     judge: Measures | None,
     progress: Progress | None,
 ) -> Found:
     space = _space(blocks, scores, DEFAULT_BUDGET if budget is None else budget, or_nearest=budget is None)
-    solution, report = choose(space, method, judge, progress)
+    learned = None if images is None else partial(learn, blocks=blocks, fitted=scores.fitted, images=images)
+    solution, report = choose(space, method, judge, progress, learned)
     if not solution.chosen:
         raise BudgetError("Nothing has to be merged: the model meets the budget as it is. Ask for a smaller one.")
     return Found(solution, report, space.note)
@@ -716,7 +720,7 @@ def _from_accuracy(
 
     def attempt(fraction: float) -> tuple[tuple[Found, Merged], float] | None:
         try:
-            found = _choose(blocks, scores, {key: fraction}, method, judge, progress)
+            found = _choose(blocks, scores, images, {key: fraction}, method, judge, progress)
         except BudgetError:
             return None
         merged = _merge(blocks, found.solution.chosen, images, scores, options, progress)

@@ -242,6 +242,19 @@ class Space:
         return tuple(item for item, is_allowed in zip(self._problem.items, allowed, strict=True) if is_allowed)
 
     @property
+    def limits(self) -> tuple[tuple[np.ndarray, float, float], ...]:
+        """The limits as rows over `items`: what each of them adds, and what the sum of the chosen must lie between."""
+        allowed = self._system.allowed
+        return tuple(
+            (
+                np.asarray(row.coefficients, dtype=np.float64)[allowed],
+                -math.inf if row.lower is None else float(row.lower),
+                math.inf if row.upper is None else float(row.upper),
+            )
+            for row in self._system.rows
+        )
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The blocks, in graph order."""
         return self._problem.names
@@ -262,6 +275,12 @@ class Space:
                 break
             found.append(picked)
         return tuple(self._problem.solution(picked) for picked in found[:n])
+
+    def smallest(self, scores: Mapping[str, float]) -> Solution:
+        """Return the choice with the smallest sum of other scores, by `Candidate.key`."""
+        objective = np.array([scores.get(item.key, 0.0) for item in self._problem.items])
+        picked = self._system.minimise(objective)
+        return self._problem.solution(self._first if picked is None else picked)
 
     def random(self, rng: np.random.Generator) -> Solution:
         """Return a choice that knows no score.

@@ -21,14 +21,14 @@ from keras import ops
 from updp_tf.blocks import Blocks, find_blocks, require_blocks
 from updp_tf.console import shown
 from updp_tf.errors import CalibrationError, PlanError
-from updp_tf.forms import Form, all_forms, form_by_name
+from updp_tf.forms import Fitted, Form, all_forms, form_by_name
 from updp_tf.graph import build_model, read_graph
 from updp_tf.judging import divergence, sum_to_one
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.mending import reestimate_norms
 from updp_tf.merging import build_edit
 from updp_tf.planning import Plan
-from updp_tf.scoring import Scores, require_names, score
+from updp_tf.scoring import require_names, score
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, ModelGraph, Node, Ref, block_name, map_refs
 
@@ -68,8 +68,18 @@ class Switch(keras.layers.Layer):
         return {**super().get_config(), "index": self.index}
 
 
+@keras.saving.register_keras_serializable("updp_tf")
+class Mixture(Switch):
+    """The weighted sum of several tensors of one shape. Reads [weights by switch and number, tensor 0, ...]."""
+
+    def call(self, inputs: Any) -> Any:
+        """Return the sum."""
+        weights, *tensors = inputs
+        return sum(weights[self.index, number] * one for number, one in enumerate(tensors))
+
+
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """A switch: its call, and what it chooses from; number 0 is the block itself."""
 
     switch: str
@@ -154,7 +164,7 @@ class Supernet(keras.Model):
             reasons = "; ".join(str(refusal) for refusal in scores.refusals[:3])
             raise CalibrationError(f"No block of '{model.name}' can take any of the forms ({reasons}).")
         super().__init__(name=f"{model.name}_supernet")
-        graph, sites = _supergraph(blocks, scores)
+        graph, sites = supergraph(blocks, scores.candidates, scores.fitted)
         self._graph, self._sites, self._model_name = graph, sites, model.name
         self.candidates = scores.candidates
         self.core = build_model(graph)
@@ -209,7 +219,7 @@ class Supernet(keras.Model):
 
     def _distance(self, wanted: Any, written: Any) -> Any:
         pairs = zip(keras.tree.flatten(wanted), keras.tree.flatten(written), self._scales, strict=True)
-        return sum(_distance(ops.stop_gradient(a), b, scale) for a, b, scale in pairs)
+        return sum(distance(ops.stop_gradient(a), b, scale) for a, b, scale in pairs)
 
     def choose(self, chosen: Plan | Sequence[Candidate]) -> None:
         """Switch to the network with some forms in it, none for the original's structure.
@@ -306,7 +316,7 @@ def _outputs(model: Any, images: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(one) for one in keras.tree.flatten(model.predict(images, verbose=0))]
 
 
-def _distance(wanted: Any, written: Any, scale: float | None) -> Any:
+def distance(wanted: Any, written: Any, scale: float | None) -> Any:
     """KL(wanted || written) of rows of probabilities, else the squared error over the variance."""
     p, q = ops.cast(wanted, "float32"), ops.cast(written, "float32")
     if scale is not None:
@@ -315,17 +325,21 @@ def _distance(wanted: Any, written: Any, scale: float | None) -> Any:
     return ops.mean(ops.sum(p * ops.log(p / q), axis=-1))
 
 
-def _supergraph(blocks: Blocks, scores: Scores) -> tuple[ModelGraph, tuple[_Site, ...]]:
-    """Return the graph with every form of every block in it, and a switch behind each block."""
+def supergraph(
+    blocks: Blocks, candidates: Sequence[Candidate], fitted: Mapping[str, Fitted], *, mixed: bool = False
+) -> tuple[ModelGraph, tuple[Site, ...]]:
+    """Return the graph with every form of every block in it, and a switch, or a mixture, behind each block."""
     graph = blocks.graph
     ending: dict[str, list[Candidate]] = {}
-    for one in scores.candidates:
+    for one in candidates:
         ending.setdefault(blocks[one.blocks[-1]].nodes[-1], []).append(one)
     last = {block.nodes[-1]: block for block in blocks}
     names = [name for name in graph.position if name in ending]
-    choices = Node(CHOICES, None, "InputLayer", (), {}, ((len(names),),), ("int32",))
+    most = 1 + max(map(len, ending.values()))
+    shape: tuple[int, ...] = (len(names), most) if mixed else (len(names),)
+    choices = Node(CHOICES, None, "InputLayer", (), {}, (shape,), ("float32" if mixed else "int32",))
     nodes: list[Node] = [choices]
-    sites: list[_Site] = []
+    sites: list[Site] = []
     now: dict[Ref, Ref] = {}
 
     def current(ref: Ref) -> Ref:
@@ -343,7 +357,7 @@ def _supergraph(blocks: Blocks, scores: Scores) -> tuple[ModelGraph, tuple[_Site
         exits = [block.exit]
         for one in ending[node.name]:
             whole = blocks.joined([one.blocks])[block_name(one.blocks)]
-            edit = build_edit(graph, whole, scores.fitted[one.key])
+            edit = build_edit(graph, whole, fitted[one.key])
             renamed = {Ref(new.name): Ref(f"{new.name}_{one.form}_{len(one.blocks)}") for new in edit.nodes}
             # a kept projection is in the network already; an Add is called once more
             added = [new for new in edit.nodes if new.name not in whole.skip_nodes]
@@ -363,10 +377,11 @@ def _supergraph(blocks: Blocks, scores: Scores) -> tuple[ModelGraph, tuple[_Site
                 )
             options.append(one)
             exits.append(own(edit.exit))
-        switch = Switch(len(sites), name=f"{block.name}_switch")
-        shape, dtype = graph.shape(block.exit), graph.dtype(block.exit)
-        nodes.append(Node(switch.name, switch, "Switch", ([Ref(CHOICES), *exits],), {}, (shape,), (dtype,)))
-        sites.append(_Site(switch.name, tuple(options), tuple(exits)))
+        kind = Mixture if mixed else Switch
+        switch = kind(len(sites), name=f"{block.name}_switch")
+        shapes, dtypes = (graph.shape(block.exit),), (graph.dtype(block.exit),)
+        nodes.append(Node(switch.name, switch, kind.__name__, ([Ref(CHOICES), *exits],), {}, shapes, dtypes))
+        sites.append(Site(switch.name, tuple(options), tuple(exits)))
         now[block.exit] = Ref(switch.name)
     inputs = [graph.inputs if isinstance(graph.inputs, Ref) else graph.input_refs[0], Ref(CHOICES)]
     return ModelGraph(graph.name, tuple(nodes), inputs, map_refs(graph.outputs, current)), tuple(sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from updp_tf import Exact, Genetic, Options, Random
 from updp_tf.blocks import find_blocks
 from updp_tf.choosing import choose
 from updp_tf.errors import BudgetError, CalibrationError
+from updp_tf.forms import form_by_name
 from updp_tf.judging import Judge, divergence
+from updp_tf.learning import Learned, learn
 from updp_tf.merging import Choice, merge_fitted, merge_in_sequence
 from updp_tf.pruning import _rest
 from updp_tf.scoring import score
@@ -233,6 +236,32 @@ def test_methods_without_images() -> None:
 
     with pytest.raises(CalibrationError, match="A genetic search measures plans: give calibration images"):
         prune(model, method="genetic", budget={"macs": 0.9})
+
+
+def test_a_learned_search_prefers_what_changes_the_outputs_least() -> None:
+    """One block adds nothing, and only such a small change is seen in the outputs."""
+    model = zoo.build("residual")
+    images = images_for(model, 40)
+    blocks = find_blocks(model)
+    (norm,) = [name for name in blocks["add_1"].nodes if name.startswith("batch_normalization")][-1:]
+    layer = model.get_layer(norm)
+    layer.gamma.assign(1e-3 * np.array(layer.gamma))
+    layer.beta.assign(1e-3 * np.array(layer.beta))
+    blocks = find_blocks(model)
+    scores = score(blocks, images, forms=[form_by_name("remove")])
+    space = space_of(blocks, scores, {"merged": 1})
+    method = Learned(steps=25, batch_size=20)
+    wants, again = (learn(space, method, blocks=blocks, fitted=scores.fitted, images=images) for _ in range(2))
+    assert wants == again
+    assert min(wants, key=wants.get) == "add_1=remove"
+    with Judge(blocks, scores.fitted, images) as judge:
+        found, report = choose(
+            space, method, judge, None, partial(learn, blocks=blocks, fitted=scores.fitted, images=images)
+        )
+        assert [item.key for item in found.chosen] == ["add_1=remove"]
+        assert report.measured[0].loss == judge.loss(found.chosen) and report.method == "learned"
+    with pytest.raises(CalibrationError, match="A learned search trains on calibration images"):
+        choose(space, method, None)
 
 
 def test_a_genetic_search_is_at_least_as_good_as_what_it_begins_with(problem, tmp_path) -> None:
