@@ -243,7 +243,7 @@ def test_a_learned_search_prefers_what_changes_the_outputs_least() -> None:
     model = zoo.build("residual")
     images = images_for(model, 40)
     blocks = find_blocks(model)
-    (norm,) = [name for name in blocks["add_1"].nodes if name.startswith("batch_normalization")][-1:]
+    (norm,) = [name for name in blocks["add_2"].nodes if name.startswith("batch_normalization")][-1:]
     layer = model.get_layer(norm)
     layer.gamma.assign(1e-3 * np.array(layer.gamma))
     layer.beta.assign(1e-3 * np.array(layer.beta))
@@ -253,12 +253,12 @@ def test_a_learned_search_prefers_what_changes_the_outputs_least() -> None:
     method = Learned(steps=25, batch_size=20)
     wants, again = (learn(space, method, blocks=blocks, fitted=scores.fitted, images=images) for _ in range(2))
     assert wants == again
-    assert min(wants, key=wants.get) == "add_1=remove"
+    assert min(wants, key=wants.get) == "add_2=remove"
     with Judge(blocks, scores.fitted, images) as judge:
         found, report = choose(
             space, method, judge, None, partial(learn, blocks=blocks, fitted=scores.fitted, images=images)
         )
-        assert [item.key for item in found.chosen] == ["add_1=remove"]
+        assert [item.key for item in found.chosen] == ["add_2=remove"]
         assert report.measured[0].loss == judge.loss(found.chosen) and report.method == "learned"
     with pytest.raises(CalibrationError, match="A learned search trains on calibration images"):
         choose(space, method, None)
