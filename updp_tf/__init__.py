@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from updp_tf.forms import register_form
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
-    from updp_tf.measuring import estimate_latency, measure_latency
     from updp_tf.learning import Learned
-    from updp_tf.measuring import measure_latency
+    from updp_tf.measuring import estimate_latency, measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import NarrowingReport, narrow
     from updp_tf.planning import Plan
