@@ -159,7 +159,9 @@ def prune(
     """
     if train is None and (validation, training, run_dir) != (None, None, None):
         raise TrainingError("`validation`, `training` and `run_dir` belong to a training: give `train` as well.")
-    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, *_started(options, calibration))
+    ask = _Ask(
+        model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, *_started(options, calibration)
+    )
     if train is not None:
         return _prune_and_train(ask, calibration, train, validation, training or Training(), run_dir, verbose)
     return _prune_at_once(ask, calibration, verbose)[0]
