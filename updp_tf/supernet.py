@@ -189,7 +189,7 @@ class Supernet(keras.Model):
 
     def call(self, x: Any, training: Any = None) -> Any:
         """Return what the chosen network writes; in training, the largest."""
-        choices = ops.zeros_like(self.choices) if training else self.choices + 0
+        choices = ops.zeros((len(self._sites),), dtype="int32") if training else self.choices + 0
         return self.core([x, choices], training=training)
 
     def compute_loss(

@@ -247,6 +247,7 @@ def test_a_learned_search_prefers_what_changes_the_outputs_least() -> None:
     layer = model.get_layer(norm)
     layer.gamma.assign(1e-3 * np.array(layer.gamma))
     layer.beta.assign(1e-3 * np.array(layer.beta))
+    model = updp_tf.reestimate_norms(model, images, verbose=False)
     blocks = find_blocks(model)
     scores = score(blocks, images, forms=[form_by_name("remove")])
     space = space_of(blocks, scores, {"merged": 1})
