@@ -238,6 +238,7 @@ def test_methods_without_images() -> None:
         prune(model, method="genetic", budget={"macs": 0.9})
 
 
+@pytest.mark.slow
 def test_a_learned_search_is_repeatable_and_within_the_budget() -> None:
     model = zoo.build("residual")
     images = images_for(model, 40)
@@ -319,6 +320,7 @@ def test_wrong_methods_are_refused(make, message: str) -> None:
 # Real weights
 
 
+@pytest.mark.slow
 def test_exact_finds_better_plans_than_the_sum_of_scores_on_resnet20(shared_loader) -> None:
     (x_train, _), _ = shared_loader.cifar10()
     model = shared_loader.resnet20()

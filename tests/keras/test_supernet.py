@@ -104,6 +104,7 @@ def test_switching_traces_nothing_again(trained, monkeypatch) -> None:
     net.choose(())
 
 
+@pytest.mark.slow
 def test_labels_teach_the_largest_network_and_evaluate_the_chosen_one() -> None:
     model = zoo.build("residual")
     images = images_for(model, 32)
@@ -174,6 +175,7 @@ assert np.abs(net.predict(images, verbose=0) - a).max() > 1e-4
 """
 
 
+@pytest.mark.slow
 def test_it_trains_and_switches_on_jax() -> None:
     environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
