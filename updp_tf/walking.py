@@ -283,7 +283,7 @@ class _Statistics:
         for start in range(0, len(rows), ROWS_IN_CACHE):
             shifted = rows[start : start + ROWS_IN_CACHE] - self._offset
             self._sum = self._sum + shifted.sum(axis=0).astype(np.float64)
-            self._squares = self._squares + np.einsum("nc,nc->c", shifted, shifted).astype(np.float64)
+            self._squares = self._squares + np.square(shifted).sum(axis=0).astype(np.float64)
         self._n += len(rows)
 
     @property

@@ -133,6 +133,10 @@ def test_equal_to_brute_force(instance, seed):
     assert solve(shuffled, blocks=blocks, rest=REST, budget=budget) == found
 
 
+def times_and_bytes(cost):
+    return cost.latency_ns, cost.file_bytes
+
+
 def best_of_all(candidates, blocks, rest, budget):
     """The smallest sum of scores within the budget, None where there is none, over every choice there is.
 
@@ -151,14 +155,14 @@ def best_of_all(candidates, blocks, rest, budget):
     ]
 
     def half(first, last, gone):
-        """Score, MACs, parameters, largest activations and merged blocks of every choice for some blocks."""
+        """Score, MACs, parameters, largest activations, merged blocks, time, bytes of every choice of some blocks."""
         by_start = {}
         for item in allowed:
             covered = [position[name] for name in item.blocks]
             if first <= covered[0] and covered[-1] < last and not gone & set(covered):
                 by_start.setdefault(covered[0], []).append((len(covered), item.score, item.cost))
         # row of the table = one choice for the blocks before `index`
-        table = {first: np.zeros((1, 5))}
+        table = {first: np.zeros((1, 7))}
         for index in range(first, last):
             kept = blocks[names[index]]
             steps = [(1, 0.0, Cost() if index in gone else kept, 0)]
@@ -167,25 +171,27 @@ def best_of_all(candidates, blocks, rest, budget):
                 rows = table[index].copy()
                 rows[:, :3] += (score, cost.macs, cost.params)
                 rows[:, 3] = np.maximum(rows[:, 3], cost.activation_bytes)
-                rows[:, 4] += merged
+                rows[:, 4:] += (merged, cost.latency_ns, cost.file_bytes)
                 end = index + length
                 table[end] = np.concatenate([table[end], rows]) if end in table else rows
-        return table.get(last, np.zeros((0, 5)))
+        return table.get(last, np.zeros((0, 7)))
 
     best = None
     over = [item for item in allowed if position[item.blocks[0]] < middle <= position[item.blocks[-1]]]
     for item in (None, *over):
         gone = set() if item is None else {position[name] for name in item.blocks}
         left, right = half(0, middle, gone), half(middle, len(names), gone)
-        fixed = np.array([0.0, rest.macs, rest.params, rest.activation_bytes, 0.0])
+        fixed = np.array([0.0, rest.macs, rest.params, rest.activation_bytes, 0.0, rest.latency_ns, rest.file_bytes])
         if item is not None:
-            fixed += (item.score, item.cost.macs, item.cost.params, 0.0, len(gone))
+            fixed += (item.score, item.cost.macs, item.cost.params, 0.0, len(gone), *times_and_bytes(item.cost))
             fixed[3] = max(rest.activation_bytes, item.cost.activation_bytes)
-        for row in left + fixed * (1, 1, 1, 0, 1):
-            pairs = right + row * (1, 1, 1, 0, 1)
+        for row in left + fixed * (1, 1, 1, 0, 1, 1, 1):
+            pairs = right + row * (1, 1, 1, 0, 1, 1, 1)
             pairs[:, 3] = np.maximum(np.maximum(right[:, 3], row[3]), fixed[3])
             within = np.ones(len(pairs), dtype=bool)
-            for unit, column in (("macs", 1), ("params", 2), ("activation_bytes", 3)):
+            for column, unit in enumerate(
+                ("macs", "params", "activation_bytes", "merged", "latency_ns", "file_bytes"), start=1
+            ):
                 if unit in bounds:
                     within &= pairs[:, column] <= bounds[unit]
             if budget.merged is not None:

@@ -24,7 +24,18 @@ def graph(*nodes: Node, outputs=None) -> ModelGraph:
 
 
 def test_pure_modules_load_no_keras() -> None:
-    modules = ("activations", "affine", "cost", "errors", "fit", "forms", "memory", "planning", "run_dir", "searching")
+    modules = (
+        "activations",
+        "affine",
+        "cost",
+        "errors",
+        "forms",
+        "memory",
+        "moments",
+        "planning",
+        "samples",
+        "searching",
+    )
     code = f"import sys\nfor m in {(*modules, 'structure')}: __import__('updp_tf.' + m)\n"
     code += "sys.exit(' '.join({'keras', 'tensorflow', 'rich'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
