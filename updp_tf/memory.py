@@ -46,12 +46,6 @@ class Memory:
             return np.empty(shape, dtype)
         return np.memmap(self._new_file(), dtype=dtype, mode="w+", shape=shape)
 
-    def allocate_if_room(self, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Return an uninitialised float32 array in memory, or None where memory is used up."""
-        if self._used + 4 * int(np.prod(shape, dtype=np.int64)) > self._limit:
-            return None
-        return self.allocate(shape)
-
     def release(self, array: np.ndarray) -> None:
         """Say that an array is not needed any more; its file is deleted."""
         if isinstance(array, np.memmap):

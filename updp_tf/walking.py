@@ -160,8 +160,9 @@ class Walk:
 
         Args:
             nodes: all calls of the unit.
-            tensors: what was written before. Where memory has room, what the norms write is added, so that what
-                follows need not start over; `release` takes it out again.
+            tensors: what was written before. What the norms write is added, so that what follows need not start over;
+                `release` takes it out again. On disk where memory is used up: running the calls anew, with the norms
+                folded, would round otherwise.
         """
         renewed = [self._with_own_norm(node) for node in nodes]
         for node, old in zip(renewed, nodes, strict=True):
@@ -173,7 +174,7 @@ class Walk:
             for part, (batch,) in self.stream(renewed, node.inputs, tensors):
                 statistics.add(np.moveaxis(batch, axis, -1).reshape(-1, batch.shape[axis]))
                 if part.start == 0 and axis == batch.ndim - 1:
-                    held = self.memory.allocate_if_room((self.n, *batch.shape[1:]))
+                    held = self.memory.allocate((self.n, *batch.shape[1:]))
                 if held is not None:
                     held[part] = batch
             node.layer.moving_mean.assign(statistics.mean)

@@ -35,9 +35,8 @@ def cost_of(model):
 
 
 def assert_equal_weights(first: keras.Model, second: keras.Model) -> None:
-    """Equal but for the last digits of float32 sums, which a second call in one process may round another way."""
     for a, b in zip(weights_of(first), weights_of(second), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(a, b)
 
 
 # Every model of the zoo
