@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tflite_export.benchmark_model import BenchmarkLog, read_benchmark_log
-    from tflite_export.benchmarking import BenchmarkRow, BenchmarkTable, benchmark
+    from tflite_export.benchmark_rows import BenchmarkRow, BenchmarkTable
+    from tflite_export.benchmarking import benchmark
     from tflite_export.comparing import Comparison, LayerError, compare
     from tflite_export.convert import ExportResult, export, export_many
     from tflite_export.devices import DeviceOptions, open_device
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from tflite_export.ethosu import EthosUCompilation, compile_ethosu
     from tflite_export.evaluation import Evaluation, evaluate, run_tflite
     from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
-    from tflite_export.latency import LatencyItem, LatencyRow, LatencyTable
+    from tflite_export.latency import LatencyTable
+    from tflite_export.latency_rows import LatencyRow
+    from tflite_export.latency_visit import LatencyItem
     from tflite_export.qat import QatResult, quantize_aware
     from tflite_export.report import Report, write_report
     from tflite_export.steps import Step
@@ -94,8 +97,8 @@ __all__ = [
 
 _MODULE_BY_NAME = {
     "BenchmarkLog": "benchmark_model",
-    "BenchmarkRow": "benchmarking",
-    "BenchmarkTable": "benchmarking",
+    "BenchmarkRow": "benchmark_rows",
+    "BenchmarkTable": "benchmark_rows",
     "Comparison": "comparing",
     "CompilerError": "errors",
     "DataError": "errors",
@@ -111,8 +114,8 @@ _MODULE_BY_NAME = {
     "ExportResult": "convert",
     "ExportWorker": "worker",
     "FlatbufferError": "errors",
-    "LatencyItem": "latency",
-    "LatencyRow": "latency",
+    "LatencyItem": "latency_visit",
+    "LatencyRow": "latency_rows",
     "LatencyTable": "latency",
     "LayerError": "comparing",
     "ModelError": "errors",

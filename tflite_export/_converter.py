@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -30,6 +31,7 @@ from tflite_export.errors import (
 from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
 from tflite_export.post_training import CORRECT_BIAS, EQUALIZE, RANGES
+from tflite_export.schemes import INTEGER_SCHEMES
 from tflite_export.steps import Step
 
 N_PROBES = 16
@@ -45,7 +47,6 @@ _HALF_TYPES = ("float16", "bfloat16")
 _HALF_POLICIES = (*_HALF_TYPES, "mixed_float16", "mixed_bfloat16")
 # Operators with which a file keeps its weights outside: it computes NaN.
 _VARIABLE_OPERATORS = ("VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE")
-INTEGER_SCHEMES = ("int8", "int16x8")
 _IO_OPERATORS = ("QUANTIZE", "DEQUANTIZE")
 
 
@@ -114,7 +115,8 @@ def serve(requests: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> 
         try:
             answer({"result": _convert(request, lambda what: answer({"progress": what}))})
         except TfliteExportError as error:
-            answer({"error": type(error).__name__, "message": str(error)})
+            cause = "".join(traceback.format_exception(error.__cause__)) if error.__cause__ else ""
+            answer({"error": type(error).__name__, "message": str(error), "cause": cause})
 
 
 def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:

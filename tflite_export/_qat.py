@@ -6,6 +6,7 @@ own. `qat.py` is the other side: it leaves a folder with the network as data, an
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -41,7 +42,8 @@ def main(folder: Path) -> None:
     try:
         model = tfmot.quantization.keras.quantize_model(float_model)
     except (ValueError, RuntimeError) as problem:  # a layer that it has no scheme for
-        _leave(folder, answer | {"error": str(problem).splitlines()[0]})
+        cause = "".join(traceback.format_exception(problem))
+        _leave(folder, answer | {"error": str(problem).splitlines()[0], "cause": cause})
         return
     teacher = _predict(float_model, images)
     n_held = max(1, len(images) // 10)

@@ -8,233 +8,28 @@ Before that each file runs once on a fixed input, there and here, and must give 
 file would be timed in vain.
 """
 
-import csv
-import io
-import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tflite_export.benchmark_model import BenchmarkLog, read_benchmark_log
-from tflite_export.devices import Answer, Device, DeviceInfo, DeviceOptions, Nature, Quota, Timing, open_device
-from tflite_export.devices.local import LocalDevice
+from tflite_export.benchmark_rows import NOISY_WIDTH, BenchmarkRow, BenchmarkTable, log_ratio, ratio_interval
+from tflite_export.devices import Device, DeviceOptions, Nature, Quota, Timing, open_device
 from tflite_export.devices.logs import LogDevice
-from tflite_export.errors import DataError, DeviceError, OptionError, OutputError
+from tflite_export.errors import DeviceError, OptionError
 from tflite_export.files import check_target
 from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
-from tflite_export.interpreter import dequantize
+from tflite_export.outputs import check_outputs, fixed_inputs, local_outputs
 
 Progress = Callable[[int, int, str], None]
 
 SITTINGS = 12  # even, since every other one runs the files in reverse order
-NOISY_WIDTH = 0.05
-
-# How far outputs may lie from those of this machine, as a part of their spread. Other processors round float sums in
-# another order (1e-6 each); a GPU computes in float16; eight-bit kernels differ by a step here and there, and steps add
-# up through a deep network. Another network altogether is off by about 1.4.
-_TOLERANCES = {"float32 on a CPU": 1e-3, "float32 elsewhere": 0.05, "quantized": 0.2}
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """The times of one file. A number that is not known is NaN here, null in JSON, and empty in CSV.
-
-    Attributes:
-        path: the file.
-        name: its name in tables.
-        nature: "measured"; "estimate" where a compiler says so; "emulated" where an emulated processor ran it: then
-            all times and ratios are NaN.
-        median_ms: median of all runs.
-        p10_ms: tenth percentile; NaN where there is a single value.
-        p90_ms: ninetieth percentile.
-        n: number of runs, warm-up not counted; 0 where nothing ran.
-        sittings: how often all files were loaded afresh.
-        spread: "runs" where the percentiles are those of single runs, "sittings" where the device tells only a summary
-            of each sitting: then they are those of the sittings' medians, or means where it tells no medians.
-        ratio: its time over that of the first file, geometric mean over the sittings; 1 for the first file.
-        ratio_low: lower end of the 95 % interval of the ratio; NaN with a single sitting.
-        ratio_high: upper end.
-        noisy: whether that interval (for the first file: that of its median) is wider than 5 %.
-        threads: threads that one inference may use.
-        delegate: "XNNPACK" or another, "none" where the plain kernels ran.
-        init_ms: time to load it, the least of all sittings.
-        memory_mb: memory at the end or its peak (MiB), where the device tells.
-        output_difference: root mean square of the difference between its outputs there and on this machine, as a part
-            of their spread; NaN where they cannot be compared.
-        temperature_after_c: of the processor, at the end; the one before is in `device`.
-        sha256: hash of the file.
-        size_bytes: size of the file.
-        date: when it was measured, ISO 8601 in UTC.
-        device: what it was measured on.
-        log: the whole report of a run with operator times, where the device has one; not in JSON and CSV.
-    """
-
-    path: Path
-    name: str
-    nature: Nature
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    n: int
-    sittings: int
-    spread: str
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    noisy: bool
-    threads: int
-    delegate: str
-    init_ms: float
-    memory_mb: float
-    output_difference: float
-    temperature_after_c: float
-    sha256: str
-    size_bytes: int
-    date: str
-    device: DeviceInfo
-    log: BenchmarkLog | None = field(default=None, repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return one flat record; the device's fields carry the prefix `device_`."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("device", "log")}
-        device = {f"device_{key}": value for key, value in asdict(self.device).items() if key != "nature"}
-        record = own | {"path": str(self.path), "nature": str(self.nature)} | device
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One file's time over another's, and the ends of its 95 % interval (NaN with a single sitting)."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the interval is wider than 5 %."""
-        return bool((self.high - self.low) / self.value > NOISY_WIDTH)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({_interval(self.low, self.high)})"
-
-
-@dataclass(frozen=True)
-class BenchmarkTable:
-    """One row for each file, in the order given; their ratios are to the first.
-
-    Attributes:
-        rows: the rows.
-        turns_ms: median time of each turn: turns_ms[sitting][file][round]. What `ratio` is computed from.
-    """
-
-    rows: tuple[BenchmarkRow, ...]
-    turns_ms: tuple[tuple[tuple[float, ...], ...], ...] = field(default=(), repr=False)
-
-    def ratio(self, file: int | str, to: int | str) -> Ratio:
-        """Return the time of one file over that of another, from turns that were next to each other.
-
-        Args:
-            file: its number or name; the dividend.
-            to: number or name of the divisor.
-
-        Raises:
-            OptionError: there is no such row.
-        """
-        own, other = self._index(file), self._index(to)
-        return Ratio(*ratio_interval([_log_ratio(sitting, own, other) for sitting in self.turns_ms]))
-
-    def _index(self, file: int | str) -> int:
-        names = [row.name for row in self.rows]
-        if isinstance(file, str) and file in names:
-            return names.index(file)
-        if isinstance(file, int) and 0 <= file < len(names):
-            return file
-        raise OptionError(f"there is no row {file!r}: the names are {names}.")
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """Return the rows as values that `json.dump` takes."""
-        return [row.as_json() for row in self.rows]
-
-    def as_csv(self) -> str:
-        """Return the rows as a CSV document with a header."""
-        records = self.as_json()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        return text.getvalue()
-
-    def __str__(self) -> str:
-        first = self.rows[0]
-        header = ("file", "median ms", "p10", "p90", "runs", "ratio", "95 % interval", "bytes", "")
-        lines = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        table = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
-        device = first.device
-        delegates = "/".join(dict.fromkeys(row.delegate for row in self.rows))
-        threads = "/".join(dict.fromkeys(str(row.threads) for row in self.rows))
-        cores = f" on cores {device.cores}" if device.cores else ""
-        heat = "" if device.temperature_c is None else f", {device.temperature_c:.0f} °C"
-        if heat and not math.isnan(first.temperature_after_c):
-            heat += f" to {first.temperature_after_c:.0f} °C"
-        status = f", {device.thermal_status}" if device.thermal_status else ""
-        return "\n".join(
-            [
-                *table,
-                f"{device.name}: {device.description}, {device.system}; {device.runtime}, {delegates}, "
-                f"{threads} thread{'' if threads == '1' else 's'}{cores}; "
-                f"governor {device.governor or 'unknown'}, "
-                f"load {'unknown' if device.load_average is None else f'{device.load_average:.2f}'}{heat}{status}; "
-                f"{first.date}",
-                *_NOTES[first.nature],
-            ]
-        )
-
-
-_NOTES: dict[Nature, tuple[str, ...]] = {
-    Nature.MEASURED: (),
-    Nature.ESTIMATE: ("estimate: a compiler's word, nothing was run.",),
-    Nature.EMULATED: ("emulated: the outputs are right, times on an emulated processor mean nothing.",),
-}
-
-
-def _number(value: float, digits: str) -> str:
-    return "-" if math.isnan(value) else format(value, digits)
-
-
-def _interval(low: float, high: float) -> str:
-    return "-" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-
-
-def _cells(row: BenchmarkRow) -> tuple[str, ...]:
-    marks = [*(["noisy"] if row.noisy else []), *([str(row.nature)] if row.nature != Nature.MEASURED else [])]
-    return (
-        row.name,
-        _number(row.median_ms, ".4g"),
-        _number(row.p10_ms, ".4g"),
-        _number(row.p90_ms, ".4g"),
-        str(row.n),
-        _number(row.ratio, ".3f"),
-        _interval(row.ratio_low, row.ratio_high),
-        f"{row.size_bytes:,}",
-        ", ".join(marks),
-    )
-
-
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def benchmark(
@@ -384,9 +179,9 @@ class _Visit:
             if answer is None:
                 continue
             self._logs[index] = answer.log
-            expected = _local_outputs(path, inputs)
+            expected = local_outputs(path, inputs)
             if expected is not None:
-                self._differences[index] = self._difference(index, answer, expected)
+                self._differences[index] = check_outputs(model, answer, expected, on=self._info.name)
 
     def measure(self, max_seconds: float) -> BenchmarkTable:
         """Hold the sittings, twice as many where it is noisy, and keep what there is after each."""
@@ -410,7 +205,7 @@ class _Visit:
             timings = self._device.run(self._files, threads=self._threads, quota=self._quota, backwards=number % 2 == 1)
             self._sittings.append(_Sitting(timings))
             if self._target is not None:
-                _write(self._table(final=number == n_sittings - 1), self._target)
+                self._table(final=number == n_sittings - 1).save(self._target)
 
     def _is_noisy(self) -> bool:
         return any(row.noisy for row in self._table(final=False).rows)
@@ -418,30 +213,6 @@ class _Visit:
     def _tell(self, done: int, total: int, what: str) -> None:
         if self._progress:
             self._progress(done, total, what)
-
-    def _difference(self, index: int, answer: Answer, expected: Sequence[np.ndarray]) -> float:
-        """Return how far the outputs are from the expected ones.
-
-        Raises:
-            DeviceError: farther than rounding explains.
-        """
-        worst = 0.0
-        delegate = answer.log.delegate if answer.log is not None else ""
-        for tensor, there, here in zip(self._models[index].outputs, answer.outputs, expected, strict=True):
-            quantized = bool(tensor.scales) or there.dtype.kind in "iu"
-            on_cpu = delegate in ("", "CPU", "XNNPACK", "none")
-            kind = "quantized" if quantized else "float32 on a CPU" if on_cpu else "float32 elsewhere"
-            difference, steps = output_difference(dequantize(there, tensor), dequantize(here, tensor), tensor.scales)
-            # One step on nearly constant outputs is rounding, however large a part of their spread it is.
-            if difference > _TOLERANCES[kind] and steps > 1 or math.isnan(difference):
-                raise DeviceError(
-                    f"'{self._files[index]}' computes something else on '{self._info.name}' than on this machine: its "
-                    f"output '{tensor.name}' is off by {difference:.2g} of its spread, more than "
-                    f"{_TOLERANCES[kind]:g} for {kind}. It is the wrong file, or its delegate computes wrongly; "
-                    "nothing was timed."
-                )
-            worst = max(worst, difference)
-        return worst
 
     def _table(self, *, final: bool) -> BenchmarkTable:
         after = self._device.describe().temperature_c if final else None
@@ -457,7 +228,7 @@ class _Visit:
         nature = self._info.nature
         values, n = _values(timings)
         p10, median, p90 = np.percentile(values, [10, 50, 90]) if len(values) > 1 else (math.nan, values[0], math.nan)
-        ratio, low, high = ratio_interval([_log_ratio(sitting, index, 0) for sitting in turns_ms])
+        ratio, low, high = ratio_interval([log_ratio(sitting, index, 0) for sitting in turns_ms])
         if index:
             width = (high - low) / ratio
         else:
@@ -491,13 +262,7 @@ class _Visit:
             device=self._info,
             log=self._logs[index] or (logs[0] if logs else None),
         )
-        return _without_times(row) if nature == Nature.EMULATED else row
-
-
-def _without_times(row: BenchmarkRow) -> BenchmarkRow:
-    values = {one.name: getattr(row, one.name) for one in fields(row)}
-    times = ("median_ms", "p10_ms", "p90_ms", "ratio", "ratio_low", "ratio_high", "init_ms")
-    return BenchmarkRow(**values | dict.fromkeys(times, math.nan) | {"noisy": False})
+        return row.without_times() if nature == Nature.EMULATED else row
 
 
 def _values(timings: list[Timing]) -> tuple[np.ndarray, int]:
@@ -509,19 +274,6 @@ def _values(timings: list[Timing]) -> tuple[np.ndarray, int]:
     return runs, len(runs)
 
 
-def _write(table: BenchmarkTable, path: Path) -> None:
-    """Replace the file of rows in one step."""
-    text = json.dumps(table.as_json(), indent=1) + "\n" if path.suffix == ".json" else table.as_csv()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _names(files: list[Path]) -> list[str]:
     """Return the shortest names that tell the files apart."""
     stems = [path.stem for path in files]
@@ -529,91 +281,3 @@ def _names(files: list[Path]) -> list[str]:
         return stems
     common = os.path.commonpath([path.absolute().parent for path in files])
     return [os.path.relpath(path.absolute(), common) for path in files]
-
-
-# --- outputs ---------------------------------------------------------------------------------------------------------
-
-
-def fixed_inputs(model: TfliteModel) -> list[np.ndarray]:
-    """Return the same random inputs at every call, as the file stores them.
-
-    All values of an integer type, a standard normal for floats.
-
-    Raises:
-        DeviceError: an input is of a type without numbers.
-    """
-    rng = np.random.default_rng(0)
-    arrays = []
-    for tensor in model.inputs:
-        try:
-            dtype = np.dtype(tensor.dtype)
-        except TypeError as error:
-            raise DeviceError(f"'{model.source}' has an input of type {tensor.dtype}, which cannot be made.") from error
-        if dtype.kind in "iu":
-            limits = np.iinfo(dtype)
-            arrays.append(rng.integers(limits.min, limits.max, tensor.shape, dtype, endpoint=True))
-        elif dtype.kind == "b":
-            arrays.append(rng.integers(0, 2, tensor.shape).astype(dtype))
-        else:
-            arrays.append(rng.standard_normal(tensor.shape).astype(dtype))
-    return arrays
-
-
-def _local_outputs(path: Path, inputs: list[np.ndarray]) -> tuple[np.ndarray, ...] | None:
-    """Return what this machine computes; None where it lacks an operator, such as one made for an accelerator."""
-    if read_flatbuffer(path).custom_operators:
-        return None
-    return LocalDevice().fetch(path, inputs, threads=1).outputs
-
-
-def output_difference(there: np.ndarray, here: np.ndarray, scales: Sequence[float]) -> tuple[float, float]:
-    """Return the root mean square of a difference as a part of the spread of `here`, and in quantization steps.
-
-    NaN in the same places is no difference; NaN in one of them only gives NaN.
-
-    Args:
-        there: real numbers of any shape.
-        here: what they should be, of the same shape.
-        scales: size of a step; empty where there are none: the second number is infinite then.
-    """
-    a, b = np.asarray(there, np.float64).ravel(), np.asarray(here, np.float64).ravel()
-    both = np.isnan(a) & np.isnan(b)
-    a, b = a[~both], b[~both]
-    if not len(b):
-        return 0.0, 0.0
-    differing = a != b  # equal infinities are no difference
-    if not differing.any():
-        return 0.0, 0.0
-    gaps, finite = a[differing] - b[differing], b[np.isfinite(b)]
-    spread = (float(np.std(finite)) or float(np.abs(finite).max()) if len(finite) else 0) or 1.0
-    steps = float(np.abs(gaps).max()) / scales[0] if scales else math.inf
-    return math.sqrt(float(np.sum(gaps**2)) / len(b)) / spread, steps
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
-def _log_ratio(sitting: tuple[tuple[float, ...], ...], index: int, other: int) -> float:
-    """Return the log of a file's time over another's: the median over rounds, whose turns are adjacent."""
-    return float(np.median(np.log(sitting[index]) - np.log(sitting[other])))
-
-
-def ratio_interval(log_ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Return geometric mean, lower and upper end of its 95 % interval, of independent log ratios of shape (n,).
-
-    Student's interval: each value is itself a median over many rounds, hence close to normal, and with a dozen of
-    values a percentile bootstrap would be too narrow by a tenth. The ends are NaN where there is only one value.
-
-    Raises:
-        DataError: there is no value.
-    """
-    from scipy.special import stdtrit
-
-    n = len(log_ratios)
-    if not n:
-        raise DataError("an interval needs at least one sitting.")
-    center = float(np.mean(log_ratios))
-    if n == 1:
-        return math.exp(center), math.nan, math.nan
-    half = float(stdtrit(n - 1, 0.975) * np.std(log_ratios, ddof=1) / math.sqrt(n))
-    return math.exp(center), math.exp(center - half), math.exp(center + half)

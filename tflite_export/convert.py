@@ -12,30 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from tflite_export._converter import INTEGER_SCHEMES, N_PROBES, check_model
+from tflite_export._converter import N_PROBES, check_model
 from tflite_export.calibration import Calibration, collect
 from tflite_export.edgetpu import check_edgetpu
 from tflite_export.errors import DataError, ExportError, ModelError, OptionError, OutputError
 from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer
 from tflite_export.metadata import Meaning, make_meaning, with_meaning
-from tflite_export.post_training import DEFAULT_STEPS, EQUALIZE, RANGES, STEPS
+from tflite_export.post_training import DEFAULT_STEPS
+from tflite_export.schemes import Scheme
 from tflite_export.steps import Step
 from tflite_export.worker import ExportWorker, temporary_files_error
 
 Progress = Callable[[int, int, str], None]
 
-_SCHEMES = {
-    "float32": ("float32",),
-    "float16": ("float32",),
-    "dynamic": ("float32",),
-    "int8": ("int8", "uint8", "float32"),
-    "int16x8": ("int16", "float32"),
-}
-"""Types that inputs and outputs may have, the default first."""
-
-_TARGETS = ("edgetpu",)
-_INPUT_NORMALIZATION = ("fold", "keep")
 _STEPS_PER_MODEL = 6  # save, load, rewrite, convert, check, write
 
 
@@ -190,28 +180,10 @@ def export(
         >>> result = export(model, "model.tflite", quantize="int8", calibration=images)  # doctest: +SKIP
         >>> print(result)  # doctest: +SKIP
     """
-    (result,) = _export(
-        [
-            _Job(
-                model,
-                Path(path),
-                None if float_copy is None else Path(float_copy),
-                make_meaning(labels, normalization),
-            )
-        ],
-        quantize=quantize,
-        calibration=calibration,
-        calibration_limit=calibration_limit,
-        input_dtype=input_dtype,
-        target=target,
-        input_normalization=input_normalization,
-        clean=clean,
-        post_training=post_training,
-        force=force,
-        worker=worker,
-        progress=progress,
-    )
-    return result
+    job = _Job(model, Path(path), None if float_copy is None else Path(float_copy), make_meaning(labels, normalization))
+    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training)
+    images = _Images(calibration, calibration_limit)
+    return _export([job], scheme, images, force=force, worker=worker, progress=progress)[0]
 
 
 def export_many(
@@ -252,74 +224,64 @@ def export_many(
     Raises:
         TfliteExportError: as in `export`; the files of the models before the one that failed stay.
     """
-    return _export(
-        [_Job(model, Path(path)) for model, path in models],
-        quantize=quantize,
-        calibration=calibration,
-        calibration_limit=calibration_limit,
-        input_dtype=input_dtype,
-        target=target,
-        input_normalization=input_normalization,
-        clean=clean,
-        post_training=post_training,
-        force=force,
-        worker=worker,
-        progress=progress,
-    )
+    jobs = [_Job(model, Path(path)) for model, path in models]
+    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training)
+    images = _Images(calibration, calibration_limit)
+    return _export(jobs, scheme, images, force=force, worker=worker, progress=progress)
 
 
 def _export(
     jobs: Sequence[_Job],
+    scheme: Scheme,
+    calibration: "_Images",
     *,
-    quantize: str,
-    calibration: Any,
-    calibration_limit: int,
-    input_dtype: str | None,
-    target: str | None,
-    input_normalization: str,
-    clean: bool,
-    post_training: Sequence[str],
     force: bool,
     worker: ExportWorker | None,
     progress: Progress | None,
 ) -> tuple[ExportResult, ...]:
-    input_dtype = _checked_dtype(quantize, input_dtype, target)
-    if input_normalization not in _INPUT_NORMALIZATION:
-        raise OptionError(f"input_normalization must be one of {_INPUT_NORMALIZATION}, not {input_normalization!r}.")
-    _check_post_training(post_training, clean)
-    _check_calibration(quantize, calibration, calibration_limit)
-    post_training = list(post_training) if quantize == "int8" else []
+    calibration.check(scheme)
     for job in jobs:
         _check_source(job)
         check_target(job.path, force=force)
-        _check_float_copy(job, quantize, force=force)
+        _check_float_copy(job, scheme.quantize, force=force)
         if job.meaning is not None:
             check_target(job.beside, force=force)
     if len({job.path.resolve() for job in jobs}) < len(jobs):
         raise OptionError("two models are to be written to the same path: give each its own.")
     if not jobs:
         return ()
-    # Without quantization they only serve to compare the outputs.
-    limit = calibration_limit if quantize in INTEGER_SCHEMES else N_PROBES
-    images = None if calibration is None else collect(calibration, limit)
-    steps = _Steps(progress, (_STEPS_PER_MODEL + len(post_training)) * len(jobs))
+    images = calibration.collect(scheme)
+    steps = _Steps(progress, (_STEPS_PER_MODEL + len(scheme.accuracy_steps)) * len(jobs))
     with _work_folder() as folder, _running(worker) as converter:
-        scheme = {
-            "quantize": quantize,
-            "input_dtype": input_dtype,
-            "target": target,
-            "input_normalization": input_normalization,
-            "clean": clean,
-            "post_training": post_training,
-        }
-        request = scheme | _save_calibration(images, folder)
+        request = scheme.as_json() | _save_calibration(images, folder)
         results: list[ExportResult] = []
         for number, job in enumerate(jobs):
             model_request = request | _save_model(job, folder / f"{number}.keras", steps)
             model_request["float_copy"] = job.float_copy is not None
             answer = converter.convert(model_request, job.label, steps.next)
-            results.append(_write(job, folder / f"{number}.tflite", answer, request, images, steps))
+            results.append(_write(job, folder / f"{number}.tflite", answer, scheme, images, steps))
     return tuple(results)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Calibration data as the caller gives it."""
+
+    data: Any
+    limit: int
+
+    def check(self, scheme: Scheme) -> None:
+        if self.limit < 1:
+            raise OptionError(f"calibration_limit must be at least 1, not {self.limit}.")
+        if scheme.integer and self.data is None:
+            raise DataError(
+                f"{scheme.quantize} export needs calibration images to set the ranges of the activations: "
+                "give calibration=images, about 100 of those that the model was trained on."
+            )
+
+    def collect(self, scheme: Scheme) -> Calibration | None:
+        """Return the arrays; without integers they only serve to compare the outputs, which a few do."""
+        return None if self.data is None else collect(self.data, self.limit if scheme.integer else N_PROBES)
 
 
 class _Steps:
@@ -334,19 +296,6 @@ class _Steps:
         self._done += 1
 
 
-def _checked_dtype(quantize: str, input_dtype: str | None, target: str | None) -> str:
-    """Return the type of inputs and outputs."""
-    if quantize not in _SCHEMES:
-        raise OptionError(f"quantize must be one of {tuple(_SCHEMES)}, not {quantize!r}.")
-    if input_dtype not in (None, *_SCHEMES[quantize]):
-        raise OptionError(f"input_dtype must be one of {_SCHEMES[quantize]} for {quantize}, not {input_dtype!r}.")
-    if target not in (None, *_TARGETS):
-        raise OptionError(f"target must be one of {_TARGETS} or None, not {target!r}.")
-    if target == "edgetpu" and quantize != "int8":
-        raise OptionError(f'the Edge TPU runs int8 alone: give quantize="int8", not {quantize!r}.')
-    return input_dtype or _SCHEMES[quantize][0]
-
-
 def _check_float_copy(job: _Job, quantize: str, *, force: bool) -> None:
     if job.float_copy is None:
         return
@@ -355,25 +304,6 @@ def _check_float_copy(job: _Job, quantize: str, *, force: bool) -> None:
     if job.float_copy.resolve() == job.path.resolve():
         raise OptionError("float_copy and the file itself are to be written to the same path: give each its own.")
     check_target(job.float_copy, force=force)
-
-
-def _check_post_training(post_training: Sequence[str], clean: bool) -> None:
-    if isinstance(post_training, str) or not set(post_training) <= set(STEPS):
-        raise OptionError(f"post_training must be a sequence of {STEPS}, not {post_training!r}.")
-    if len(set(RANGES) & set(post_training)) > 1:
-        raise OptionError(f"post_training takes one of {RANGES}, not several.")
-    if EQUALIZE in post_training and not clean and tuple(post_training) != DEFAULT_STEPS:
-        raise OptionError(f"{EQUALIZE!r} needs the norms folded: leave clean=True.")
-
-
-def _check_calibration(quantize: str, calibration: Any, calibration_limit: int) -> None:
-    if calibration_limit < 1:
-        raise OptionError(f"calibration_limit must be at least 1, not {calibration_limit}.")
-    if quantize in INTEGER_SCHEMES and calibration is None:
-        raise DataError(
-            f"{quantize} export needs calibration images to set the ranges of the activations: "
-            "give calibration=images, about 100 of those that the model was trained on."
-        )
 
 
 def _check_source(job: _Job) -> None:
@@ -472,18 +402,16 @@ def _write(
     job: _Job,
     made: Path,
     answer: dict[str, Any],
-    request: dict[str, Any],
+    scheme: Scheme,
     images: Calibration | None,
     steps: _Steps,
 ) -> ExportResult:
     steps.next(f"{job.label}: writing '{job.path}'")
-    told = [_edgetpu_note(made, job.label)] if request["target"] == "edgetpu" else []
+    told = [_edgetpu_note(made, job.label)] if scheme.target == "edgetpu" else []
     sha256 = answer["sha256"]
     if job.meaning is not None:
         with _writing_to(made.parent):
-            data = with_meaning(
-                made.read_bytes(), job.meaning, name=job.keras_file.stem if job.keras_file else job.model.name
-            )
+            data = with_meaning(made.read_bytes(), job.meaning, name=job.name)
             made.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
     place(made, job.path)
@@ -493,7 +421,7 @@ def _write(
     file = read_flatbuffer(job.path)
     if file.sha256 != sha256:
         raise OutputError(f"'{job.path}' does not hold what was written to it: check the disk.")
-    notes = [images.note] if images and images.note and request["quantize"] in INTEGER_SCHEMES else []
+    notes = [images.note] if images and images.note and scheme.integer else []
     fields = answer | {key: tuple(value) for key, value in answer.items() if isinstance(value, list)}
     result = ExportResult(
         **fields
@@ -501,8 +429,8 @@ def _write(
             "path": job.path,
             "sha256": sha256,
             "size_bytes": file.size_bytes,
-            "quantize": request["quantize"],
-            "input_dtype": request["input_dtype"],
+            "quantize": scheme.quantize,
+            "input_dtype": scheme.io_dtype,
             "notes": (*notes, *told, *answer["notes"]),
             "steps": tuple(Step.from_json(step) for step in answer["steps"]),
         }

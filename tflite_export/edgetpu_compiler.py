@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tflite_export.edgetpu import COMPILED_OPERATOR, MAPPED, STATUSES
+from tflite_export.edgetpu import COMPILED_OPERATOR
+from tflite_export.edgetpu_rules import MAPPED, STATUSES
 from tflite_export.errors import CompilerError, OptionError
 from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer

@@ -3,7 +3,10 @@
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from tflite_export.errors import OutputError
 
@@ -28,10 +31,27 @@ def place(made: Path, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    with _replacing(path) as target, made.open("rb") as source:
+        shutil.copyfileobj(source, target)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a document in UTF-8, replacing one that is there in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with _replacing(path) as target:
+        target.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path` that takes its place when all is written, and is gone if it was not."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with made.open("rb") as source, temporary.open("xb") as target:
-            shutil.copyfileobj(source, target)
+        with temporary.open("xb") as target:
+            yield target
             target.flush()
             os.fsync(target.fileno())
         os.replace(temporary, path)

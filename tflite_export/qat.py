@@ -25,7 +25,7 @@ from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
 from tflite_export.steps import Step
-from tflite_export.worker import converter_environment
+from tflite_export.worker import WorkerTracebackError, converter_environment
 
 Progress = Callable[[int, int, str], None]
 
@@ -324,7 +324,8 @@ def _run(folder: Path, label: str, steps: int, progress: Progress | None) -> dic
         )
     answer = json.loads((folder / "result.json").read_text())
     if "error" in answer:
-        raise ModelError(f"model '{label}' cannot be trained with fake quantization: {answer['error']}.")
+        cause = WorkerTracebackError(answer["cause"]) if "cause" in answer else None
+        raise ModelError(f"model '{label}' cannot be trained with fake quantization: {answer['error']}.") from cause
     return answer
 
 

@@ -13,6 +13,10 @@ from tflite_export import errors
 from tflite_export.errors import ExportError, OutputError
 
 
+class WorkerTracebackError(Exception):
+    """What an error in the worker process came from, as text: exceptions themselves do not cross processes."""
+
+
 class ExportWorker:
     """A process that converts models, one after another. Its start costs more than converting a small model.
 
@@ -100,14 +104,15 @@ class ExportWorker:
         try:
             process.stdin.write(json.dumps(request | {"sys_path": _search_path()}) + "\n")
             process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death(label) from None
+        except BrokenPipeError as error:
+            raise self._death(label) from error
         for line in iter(process.stdout.readline, ""):
             answer = json.loads(line)
             if "result" in answer:
                 return answer["result"]
             if "error" in answer:
-                raise getattr(errors, answer["error"])(answer["message"])
+                cause = WorkerTracebackError(answer["cause"]) if answer["cause"] else None
+                raise getattr(errors, answer["error"])(answer["message"]) from cause
             progress(f"{label}: {answer['progress']}")
         raise self._death(label)
 

@@ -19,10 +19,10 @@ import pytest
 
 from tests.device.conftest import free_port, leftovers, make_executable, wait_until
 from tflite_export import DeviceError, OptionError, benchmark, benchmarking, read_flatbuffer
-from tflite_export.benchmarking import fixed_inputs
 from tflite_export.devices import DEVICES, DeviceOptions, Nature, Quota, open_device, runner
 from tflite_export.devices.transport import SshTransport
 from tflite_export.interpreter import TfliteRunner
+from tflite_export.outputs import fixed_inputs
 
 SITTINGS = 4  # the devices are to be tested, not the statistics
 SHORT = Quota(runs=3, ms=5, max_ms=2000)

@@ -18,8 +18,10 @@ from tflite_export import (
     benchmark,
     read_flatbuffer,
 )
-from tflite_export.benchmarking import SITTINGS, fixed_inputs, output_difference, ratio_interval
+from tflite_export.benchmark_rows import ratio_interval
+from tflite_export.benchmarking import SITTINGS
 from tflite_export.devices.local import LocalDevice
+from tflite_export.outputs import fixed_inputs, output_difference
 
 
 @pytest.fixture(scope="module")

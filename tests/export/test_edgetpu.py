@@ -26,12 +26,12 @@ from tflite_export import (
     OutputError,
     check_edgetpu,
     compile_edgetpu,
-    edgetpu,
+    edgetpu_rules,
     parse_edgetpu_output,
     read_edgetpu_log,
     read_flatbuffer,
 )
-from tflite_export.edgetpu import (
+from tflite_export.edgetpu_rules import (
     MAPPED,
     NOT_SUPPORTED,
     OTHER_SUBGRAPH,
@@ -108,9 +108,9 @@ def test_reads_every_log_and_agrees_with_its_statuses(edgetpu_folder, name):
     for (operator, status), count in log.counts.items():
         assert count > 0
         if status in (MAPPED, OTHER_SUBGRAPH, UNSPECIFIED):
-            assert operator in edgetpu._RULES
+            assert operator in edgetpu_rules._RULES
         elif status == NOT_SUPPORTED:
-            assert operator not in edgetpu._RULES
+            assert operator not in edgetpu_rules._RULES
         else:
             assert status == UNSUPPORTED_TYPE
 
@@ -319,7 +319,7 @@ def write(folder: Path, data: bytes) -> Path:
 
 
 def test_every_documented_operation_is_tried():
-    assert {name.split()[0] for name in MAPPED_FILES if name[0].isupper()} == set(edgetpu._RULES)
+    assert {name.split()[0] for name in MAPPED_FILES if name[0].isupper()} == set(edgetpu_rules._RULES)
 
 
 @pytest.mark.parametrize("name", MAPPED_FILES)
@@ -674,7 +674,7 @@ def test_reads_what_compiler_16_prints():
     assert (model.input_bytes, model.streamed_bytes) == (round(7.37 * 2**20), round(1.70 * 2**20))
     assert model.counts["QUANTIZE", UNSPECIFIED] == 2 and len(model.rows) == 17
     # what the rules say of operators that this log maps
-    assert all(name in edgetpu._RULES for name, status in model.counts if status == MAPPED)
+    assert all(name in edgetpu_rules._RULES for name, status in model.counts if status == MAPPED)
     text = str(compilation)
     assert "289 of 294 operators" in text and "1.70 MiB streamed" in text
 
@@ -682,7 +682,7 @@ def test_reads_what_compiler_16_prints():
 def test_reads_what_older_compilers_print():
     (tiny,) = parse_edgetpu_output(YOLOV3_TINY_15).models
     assert (tiny.n_operators, tiny.n_mapped, tiny.on_chip_bytes) == (36, 2, 3072)
-    assert tiny.counts["LEAKY_RELU", NOT_SUPPORTED] == 11 and "LEAKY_RELU" not in edgetpu._RULES
+    assert tiny.counts["LEAKY_RELU", NOT_SUPPORTED] == 11 and "LEAKY_RELU" not in edgetpu_rules._RULES
     assert tiny.counts["RESIZE_NEAREST_NEIGHBOR", VERSION_NOT_SUPPORTED] == 1
     (resnet,) = parse_edgetpu_output(RESNET50_2).models
     assert (resnet.n_operators, resnet.n_mapped, resnet.on_chip_free_bytes) == (77, 77, 0)
@@ -904,6 +904,6 @@ def test_a_compiler_that_fails_leaves_nothing_behind(flowers, tmp_path, edgetpu_
 def test_rules_name_operators_of_the_schema():
     from ai_edge_litert import schema_py_generated as schema
 
-    for name in {*edgetpu._RULES, *edgetpu._REPLACEMENTS, *edgetpu._NEWEST_READABLE}:
+    for name in {*edgetpu_rules._RULES, *edgetpu_rules._REPLACEMENTS, *edgetpu_rules._NEWEST_READABLE}:
         assert hasattr(schema.BuiltinOperator, name), name
-    assert np.all([rule.newest_version > 0 for rule in edgetpu._RULES.values()])
+    assert np.all([rule.newest_version > 0 for rule in edgetpu_rules._RULES.values()])

@@ -6,9 +6,11 @@ import keras
 import numpy as np
 import pytest
 
-from tflite_export import DataError, DeviceError, LatencyItem, LatencyTable, OptionError, latency
+from tflite_export import DataError, DeviceError, LatencyItem, LatencyTable, OptionError
 from tflite_export.devices.local import LocalDevice
-from tflite_export.latency import EMPTY, Conditions, LatencyRow, fit_correction, levels
+from tflite_export.latency_fits import fit_correction, levels
+from tflite_export.latency_rows import Conditions, LatencyRow
+from tflite_export.latency_visit import EMPTY, _in_a_row
 
 CONDITIONS = Conditions("measured", "a board", "Linux armv7l", "litert 2", "cpu", "int8", 1)
 
@@ -243,7 +245,7 @@ def test_a_series_computes_its_model_again_and_again():
     model = conv(2, size=6)
     image = np.random.default_rng(0).normal(size=(1, 6, 6, 2)).astype("float32")
     before = len(model.layers[1]._inbound_nodes)
-    row_of_three = latency._in_a_row(model, 3)
+    row_of_three = _in_a_row(model, 3)
     want = image
     for _ in range(3):
         want = model(want)

@@ -9,8 +9,9 @@ import subprocess
 import pytest
 
 from tflite_export import DataError, LatencyTable, OutputError, write_report
-from tflite_export.latency import Conditions, LatencyRow
-from tflite_export.report import SECTIONS, read_records
+from tflite_export.latency_rows import Conditions, LatencyRow
+from tflite_export.report_records import read_records
+from tflite_export.report_sections import SECTIONS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

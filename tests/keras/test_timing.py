@@ -13,7 +13,7 @@ import updp_tf
 from tests import zoo
 from tests.keras.test_merging import images_for
 from tflite_export import LatencyTable
-from tflite_export.latency import Conditions, LatencyRow
+from tflite_export.latency_rows import Conditions, LatencyRow
 from updp_tf.blocks import find_blocks, network_cost, prepared_graph
 from updp_tf.errors import BudgetError, MissingLatencyError, ModelError
 from updp_tf.forms import all_forms
