@@ -108,6 +108,20 @@ class Blocks(Sequence[Block]):
         """What the whole network costs as it is."""
         return network_cost(self.graph)
 
+    @property
+    def rest_cost(self) -> Cost:
+        """What the network costs outside its blocks; of its activations, the most while a node outside runs."""
+        whole = self.network_cost
+        inside = {name for block in self for name in block.nodes}
+        live = [size for name, size in self._liveness.total.items() if name not in inside]
+        return Cost(
+            macs=whole.macs - sum(block.cost.macs for block in self),
+            params=whole.params - sum(block.cost.params for block in self),
+            activation_bytes=max(live, default=0),
+            latency_ns=whole.latency_ns - sum(block.cost.latency_ns for block in self),
+            file_bytes=whole.file_bytes - sum(block.cost.file_bytes for block in self),
+        )
+
     def with_costs(self, costs: Mapping[str, Cost], network: Cost) -> Blocks:
         """Return the blocks with other costs: those that a latency table adds to.
 

@@ -14,7 +14,8 @@ import numpy as np
 from updp_tf.errors import BudgetError, CalibrationError
 from updp_tf.evolving import Genetic, evolve
 from updp_tf.learning import Learned
-from updp_tf.searching import Measured, SearchReport, Solution, Space
+from updp_tf.partitioning import Solution
+from updp_tf.searching import Measured, SearchReport, Space
 from updp_tf.structure import Candidate
 from updp_tf.walking import Progress
 

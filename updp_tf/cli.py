@@ -7,43 +7,31 @@ error. Exit code 0: done; 1: one of our errors, as one sentence; 2: a command li
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import sys
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from tflite_export.errors import DataError, TfliteExportError
 from tflite_export.post_training import DEFAULT_STEPS, STEPS
-from updp_tf.errors import ModelError, UpdpError
 from updp_tf.run_dir import write_atomically
-
-QUIET = "3"
-"""Level at which TensorFlow logs nothing but the end of the world; a level that the user set stays."""
-
-LOADING_FAILS_WITH = (
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
+from updp_tf.terminal import (
+    QUIET,
+    calibration_array,
+    floats,
+    import_keras,
+    load_array,
+    load_model,
+    maybe_written,
+    numbers,
+    progress_shown,
+    read_lines,
+    require_keras_output,
+    step_names,
+    working,
 )
-"""What `keras.saving.load_model` was seen to raise over files that are damaged or need code that is not there."""
 
 app = typer.Typer(
     help="Make trained Keras 3 vision models faster: merge blocks into single layers, export .tflite files, time them.",
@@ -113,6 +101,10 @@ Table = Annotated[
         "--latency", metavar="TABLE.csv", help="What blocks take on a device, as `updp-tf latency` writes it."
     ),
 ]
+Kept = Annotated[list[str] | None, typer.Option("--keep", metavar="BLOCK", help="A block never to touch; repeatable.")]
+Forms = Annotated[
+    list[str] | None, typer.Option("--form", metavar="FORM", help="A form to consider; repeatable; default: all.")
+]
 Threads = Annotated[int, typer.Option(min=1, help="That one inference may use.")]
 DeviceName = Annotated[
     str,
@@ -160,8 +152,8 @@ def _options(
 @app.command()
 def blocks(model: KerasFile, as_json: Json = False, debug: Debug = False) -> None:
     """List the blocks that could be merged, and what was refused and why."""
-    with _working(debug) as show:
-        loaded = _load_model(model)
+    with working(debug) as show:
+        loaded = load_model(model)
         import updp_tf
 
         found = updp_tf.find_blocks(loaded)
@@ -202,10 +194,8 @@ def prune(
         str | None,
         typer.Option(metavar="agreement=VALUE", help="Instead: how many answers may change, e.g. agreement=0.02."),
     ] = None,
-    keep: Annotated[list[str] | None, typer.Option(metavar="BLOCK", help="A block never to touch; repeatable.")] = None,
-    form: Annotated[
-        list[str] | None, typer.Option(metavar="FORM", help="A form to consider; repeatable; default: all.")
-    ] = None,
+    keep: Kept = None,
+    form: Forms = None,
     start: Annotated[
         Start | None, typer.Option(help="Default: least_squares with calibration images, gaussian without.")
     ] = None,
@@ -219,16 +209,16 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Merge blocks of a model into single layers, without training."""
-    limits = _numbers(budget or [], "--budget") or None
-    drops = _numbers([max_drop], "--max-drop") if max_drop is not None else None
-    _check_keras_output(output, model)
+    limits = numbers(budget or [], "--budget") or None
+    drops = numbers([max_drop], "--max-drop") if max_drop is not None else None
+    require_keras_output(output, model)
     with (
-        _working(debug) as show,
+        working(debug) as show,
         write_atomically(output, force=force) as file,
-        _maybe_written(plan_out, force=force) as plan_file,
+        maybe_written(plan_out, force=force) as plan_file,
     ):
-        images = _load_array(calibration, "calibration images") if calibration is not None else None
-        loaded = _load_model(model)
+        images = calibration_array(calibration)
+        loaded = load_model(model)
         import updp_tf
 
         small = updp_tf.prune(
@@ -263,10 +253,8 @@ def sweep(
     agreement: Annotated[
         bool, typer.Option("--agreement", help="Merge every plan and compare its answers on held-out images.")
     ] = False,
-    keep: Annotated[list[str] | None, typer.Option(metavar="BLOCK", help="A block never to touch; repeatable.")] = None,
-    form: Annotated[
-        list[str] | None, typer.Option(metavar="FORM", help="A form to consider; repeatable; default: all.")
-    ] = None,
+    keep: Kept = None,
+    form: Forms = None,
     csv: Annotated[Path | None, typer.Option(metavar="ROWS.csv", help="Write the table there, too.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PLOT.png", help="Draw it: .png, .svg or .pdf.")] = None,
     plans: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for the plans, as JSON.")] = None,
@@ -275,9 +263,9 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """List the best plan for each of many budgets, from one set of scores."""
-    with _working(debug) as show, _maybe_written(csv, force=force) as csv_file:
-        images = _load_array(calibration, "calibration images") if calibration is not None else None
-        loaded = _load_model(model)
+    with working(debug) as show, maybe_written(csv, force=force) as csv_file:
+        images = calibration_array(calibration)
+        loaded = load_model(model)
         import updp_tf
 
         options: dict[str, Any] = {} if not budget else {"budgets": budget}
@@ -312,10 +300,10 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Apply a saved plan: with the arrays beside it, or fitted anew to calibration images."""
-    _check_keras_output(output, model)
-    with _working(debug) as show, write_atomically(output, force=force) as file:
-        images = _load_array(calibration, "calibration images") if calibration is not None else None
-        loaded = _load_model(model)
+    require_keras_output(output, model)
+    with working(debug) as show, write_atomically(output, force=force) as file:
+        images = calibration_array(calibration)
+        loaded = load_model(model)
         import updp_tf
         from updp_tf.blocks import network_cost, prepared_graph
 
@@ -363,10 +351,10 @@ def export(
     """Write a model as a .tflite file, read it back, and compare it with the model."""
     if (mean is None) != (std is None):
         raise typer.BadParameter("give both or none.", param_hint="--mean / --std")
-    with _working(debug) as show, _progress() as progress:
+    with working(debug) as show, progress_shown() as progress:
         import tflite_export
 
-        images = _load_array(calibration, "calibration images") if calibration is not None else None
+        images = calibration_array(calibration)
         result = tflite_export.export(
             model,
             output,
@@ -375,32 +363,14 @@ def export(
             target=target.value if target else None,
             input_normalization=input_normalization.value,
             clean=clean,
-            post_training=_steps(post_training),
+            post_training=step_names(post_training),
             float_copy=float_copy,
-            labels=None if labels is None else _read_lines(labels),
-            normalization=None if mean is None or std is None else (_floats(mean, "--mean"), _floats(std, "--std")),
+            labels=None if labels is None else read_lines(labels),
+            normalization=None if mean is None or std is None else (floats(mean, "--mean"), floats(std, "--std")),
             force=force,
             progress=progress,
         )
         show(result.as_json() if as_json else str(result))
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the labels in '{path}': {error}") from error
-
-
-def _floats(text: str, option: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas, got {text!r}.", param_hint=option) from None
-
-
-def _steps(text: str) -> list[str]:
-    return [] if text == "none" else [word.strip() for word in text.split(",")]
 
 
 @app.command()
@@ -414,10 +384,10 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Show which layers of an int8 file are off, against the float file it was made from."""
-    with _working(debug) as show, _progress() as progress:
+    with working(debug) as show, progress_shown() as progress:
         import tflite_export
 
-        result = tflite_export.compare(reference, model, _load_array(images, "images"), progress=progress)
+        result = tflite_export.compare(reference, model, load_array(images, "images"), progress=progress)
         if plot is not None:
             result.plot(plot, force=force)
         show(result.as_json() if as_json else str(result))
@@ -447,7 +417,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time .tflite files against each other, in turns: here, on a phone, on a board."""
-    with _working(debug) as show, _progress() as progress:
+    with working(debug) as show, progress_shown() as progress:
         import tflite_export
 
         table = tflite_export.benchmark(
@@ -495,8 +465,8 @@ def measure_latencies(
     debug: Debug = False,
 ) -> None:
     """Time every block and every form it can take on a device: the table that `prune --latency` reads."""
-    with _working(debug) as show:
-        loaded = _load_model(model)
+    with working(debug) as show:
+        loaded = load_model(model)
         import tflite_export
         import updp_tf
 
@@ -528,8 +498,8 @@ def estimate(
     debug: Debug = False,
 ) -> None:
     """Tell what published times of phones suggest for a model. Nothing is measured."""
-    with _working(debug) as show:
-        loaded = _load_model(model)
+    with working(debug) as show:
+        loaded = load_model(model)
         import updp_tf
 
         found = updp_tf.estimate_latency(loaded, device=device, precision=precision.value)
@@ -545,11 +515,11 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the accuracy of a .tflite file on labelled images."""
-    with _working(debug) as show, _progress() as progress:
+    with working(debug) as show, progress_shown() as progress:
         import tflite_export
 
         result = tflite_export.evaluate(
-            model, _load_array(images, "images"), _load_array(labels, "labels"), progress=progress
+            model, load_array(images, "images"), load_array(labels, "labels"), progress=progress
         )
         show(result.as_json() if as_json else str(result))
 
@@ -569,7 +539,7 @@ def edgetpu(
     """List which operators run on the Edge TPU and why the others do not; or compile for it."""
     if output is not None and not compile_too:
         raise typer.BadParameter("an output needs --compile: the check writes nothing.", param_hint="--output")
-    with _working(debug) as show:
+    with working(debug) as show:
         import tflite_export
 
         result: Any = (
@@ -590,7 +560,7 @@ def ethosu(
     debug: Debug = False,
 ) -> None:
     """Compile for an Arm Ethos-U NPU; list what stays on the CPU and the compiler's estimates."""
-    with _working(debug) as show:
+    with working(debug) as show:
         import tflite_export
 
         result = tflite_export.compile_ethosu(model, accelerator, output, force=force)
@@ -611,7 +581,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page, and the same as Markdown, from the records in a folder."""
-    with _working(debug) as show:
+    with working(debug) as show:
         import tflite_export
 
         result = tflite_export.write_report(run_dir, out=output, title=title, force=force)
@@ -626,179 +596,12 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small MobileNetV2 on handwritten digits, prune it, and measure before and after. Offline."""
-    with _working(debug) as show:
-        _import_keras()
+    with working(debug) as show:
+        import_keras()
         from updp_tf.demo import run_demo
 
         result = run_demo(out, force=force, say=lambda line: typer.echo(line, err=True))
         show(result.as_json() if as_json else str(result))
-
-
-# --- output ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _working(debug: bool) -> Iterator[Callable[[Any], None]]:
-    """Give a function that shows the result once all files are in place; turn our errors into exit code 1.
-
-    From here to the end of the process descriptor 1 is standard error: TensorFlow, Keras and HiGHS print to it from C,
-    and what C has buffered is written when the process ends.
-    """
-    shown: list[Any] = []
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as results, warnings.catch_warnings():
-        os.dup2(2, 1)
-        warnings.showwarning = _show_warning
-        try:
-            yield shown.append
-        except (UpdpError, TfliteExportError) as error:
-            if debug:
-                raise
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(1) from error
-        for result in shown:
-            text = result if isinstance(result, str) else json.dumps(result, indent=1, allow_nan=False)
-            print(text, file=results, flush=True)
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    typer.echo(f"Warning: {message}", err=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    with _quiet():
-        from updp_tf.console import shown
-    with shown(True) as progress:
-        yield progress
-
-
-def _maybe_written(path: Path | None, *, force: bool) -> AbstractContextManager[Path | None]:
-    return nullcontext() if path is None else write_atomically(path, force=force)
-
-
-# --- input -----------------------------------------------------------------------------------------------------------
-
-
-def _numbers(pairs: list[str], option: str) -> dict[str, float]:
-    """Return `KEY=VALUE` pairs as a mapping; what is no such pair is an error of usage."""
-    found: dict[str, float] = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            raise typer.BadParameter(f"'{pair}' is not of the form KEY=NUMBER.", param_hint=option) from None
-        if not key or key in found:
-            raise typer.BadParameter(f"'{pair}' has no key, or one that was given before.", param_hint=option)
-        found[key] = int(number) if number.is_integer() else number
-    return found
-
-
-def _check_keras_output(output: Path, model: Path) -> None:
-    if output.suffix != ".keras":
-        raise typer.BadParameter(f"'{output}' does not end in .keras.", param_hint="--output")
-    if output.exists() and model.exists() and output.samefile(model):
-        raise typer.BadParameter(f"'{output}' is the model itself: give another name.", param_hint="--output")
-
-
-def _load_array(source: str, what: str) -> Any:
-    """Return an array from `FILE.npy`, `FILE.npz` (the only one in it) or `FILE.npz:KEY`.
-
-    Raises:
-        DataError: there is no such file, array, or it is damaged.
-    """
-    import numpy as np
-
-    name, _, key = source.partition(".npz:")
-    path = Path(f"{name}.npz") if key else Path(source)
-    if not path.is_file():
-        raise DataError(f"There is no file '{path}' to read the {what} from.")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return loaded[_only_key(loaded.files, key, path, what)]
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"'{path}' cannot be read as .npy or .npz: {_one_line(error)}") from error
-
-
-def _only_key(keys: list[str], key: str, path: Path, what: str) -> str:
-    if not key and len(keys) == 1:
-        return keys[0]
-    if key not in keys:
-        raise DataError(f"'{path}' holds the arrays {keys}: name the {what} as '{path}:KEY'.")
-    return key
-
-
-def _load_model(path: Path) -> Any:
-    """Return the Keras model in a file.
-
-    Raises:
-        ModelError: there is no such file, or Keras cannot make a model of it.
-    """
-    if not path.is_file():
-        raise ModelError(f"There is no file '{path}'.")
-    if not zipfile.is_zipfile(path):
-        raise ModelError(
-            f"'{path}' is no .keras file, or is cut short: save the model again with model.save('{path.stem}.keras')."
-        )
-    keras = _import_keras()
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except LOADING_FAILS_WITH as error:
-        raise ModelError(
-            f"Keras cannot load '{path}' ({_one_line(_innermost(error))}): save it again with model.save, or, if it "
-            "needs custom classes or lambdas, load it in Python where they are defined and call updp_tf.prune there."
-        ) from error
-
-
-def _import_keras() -> Any:
-    with _quiet():
-        import keras
-
-        keras.ops.zeros(1)  # looks for devices, which TensorFlow comments on as well
-    return keras
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what is written to descriptor 2: TensorFlow greets there when it is loaded, whatever the log level."""
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != QUIET:
-        yield
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """Return the error that started it: Keras wraps one in the whole configuration of what it was reading."""
-    while (before := error.__cause__ or error.__context__) is not None:
-        error = before
-    return error
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the text of an error without line breaks, cut where it gets long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 if __name__ == "__main__":

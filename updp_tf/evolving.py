@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from updp_tf.errors import BudgetError, RunError
-from updp_tf.searching import Solution, Space
+from updp_tf.partitioning import Solution
+from updp_tf.searching import Space
 from updp_tf.structure import Candidate
 
 KEEP = "keep"

@@ -11,7 +11,7 @@ import numpy as np
 
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv
-from updp_tf.structure import ModelGraph, Node, Ref, Refusal, Shape
+from updp_tf.structure import ModelGraph, Node, Ref, Refusal, Shape, image_shape
 
 _SCALE_OUTPUT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Conv2D": lambda kernel, scale: kernel * scale,
@@ -143,7 +143,7 @@ def _read_scaled(graph: ModelGraph, node: Node) -> tuple[str, Any] | str:
         return f"'{reader.name}' is channels_first"
     try:
         scale_and_shift = _scale_and_shift(node, channels, graph.shape(source))
-        (one,) = rules.LINEAR[reader.kind](reader.layer, _as_image(graph.shape(reader.inputs[0])))
+        (one,) = rules.LINEAR[reader.kind](reader.layer, image_shape(graph.shape(reader.inputs[0])))
     except rules.Unsupported as error:
         return str(error)
     if scale_and_shift is None or one.c_in != channels:
@@ -176,7 +176,7 @@ def absorbed(graph: ModelGraph, name: str, map: AffineConv) -> ModelGraph | None
     if getattr(reader.layer, "data_format", "channels_last") != "channels_last":
         return None
     try:
-        (one,) = rules.LINEAR[reader.kind](reader.layer, _as_image(graph.shape(reader.inputs[0])))
+        (one,) = rules.LINEAR[reader.kind](reader.layer, image_shape(graph.shape(reader.inputs[0])))
     except rules.Unsupported:
         return None
     if one.groups > 1 or not affine.padding_is_exact(map, one):
@@ -203,8 +203,3 @@ def _scale_and_shift(node: Node, channels: int, shape: Shape) -> tuple[np.ndarra
         return rules.preprocessing(node, channels)
     norm = rules.norm(node, shape)
     return None if norm is None else (norm.scale, norm.shift)
-
-
-def _as_image(shape: Shape) -> Shape:
-    """Tokens and vectors as images, for rules that read the spatial axes."""
-    return shape if len(shape) == 4 else (shape[0], 1, 1, shape[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -227,6 +228,18 @@ def _clone(layer: Any, name: str) -> Any:
         raise ModelError(
             f"'{layer.name}' ({type(layer).__name__}) cannot be copied from its own configuration: {error}"
         ) from error
+
+
+def load_model(path: str | os.PathLike[str], *, like: Any) -> Any:
+    """Return a model from a file that was saved of a network made of another one's layers.
+
+    The other one's own classes are known to it. Functions in the file are refused by Keras' safe mode, but where the
+    other one holds `Lambda` layers: Keras writes those as bytecode, and without them the network cannot be read.
+    """
+    kinds = {type(node.layer) for node in read_graph(like)}
+    own = {kind.__name__: kind for kind in kinds if "." in _keras.kind_of(kind)}
+    holds_code = any(issubclass(kind, keras.layers.Lambda) for kind in kinds)
+    return keras.saving.load_model(path, custom_objects=own, safe_mode=not holds_code)
 
 
 def clone_layer(layer: Any, name: str, *, input_shape: Shape, **changes: Any) -> Any:

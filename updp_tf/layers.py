@@ -28,6 +28,9 @@ NEVER = 2**30
 """Step at which a blend starts to change whose training has no known length."""
 
 Pads = tuple[int, int, int, int]
+"""Pixels at the top, at the bottom, left and right."""
+
+NO_RING: Pads = (0, 0, 0, 0)
 
 
 class Blend(keras.layers.Layer):
@@ -400,6 +403,12 @@ def gamma_and_beta(norm: Any) -> tuple[Any, Any]:
     if isinstance(norm, keras.layers.RMSNormalization):
         return norm.scale, 0.0
     return norm.gamma if norm.scale else 1.0, norm.beta if norm.center else 0.0
+
+
+def gamma_and_beta_arrays(norm: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as float64 arrays, one number for each channel."""
+    gamma, beta = (np.asarray(ops.convert_to_numpy(one), np.float64) for one in gamma_and_beta(norm))
+    return np.broadcast_to(gamma, (channels,)), np.broadcast_to(beta, (channels,))
 
 
 def _four(values: Sequence[int]) -> Pads:

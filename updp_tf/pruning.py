@@ -13,24 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import keras
 import numpy as np
 
 from updp_tf.accuracy import DropLimit, agreement_drop, drop_limit, gives_classes, held_out_outputs, smallest_within
 from updp_tf.applying import blocks_of_plan, maps_of_plan
-from updp_tf.blocks import Blocks, find_blocks, liveness, network_cost, prepared_graph, require_blocks
+from updp_tf.blocks import Blocks, find_blocks, network_cost, prepared_graph, require_blocks
 from updp_tf.choosing import Measures, Method, choose, method_of
 from updp_tf.console import shown
 from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
-from updp_tf.graph import fingerprint, weights_hash
+from updp_tf.graph import fingerprint, load_model, weights_hash
 from updp_tf.judging import Judge, ScoreFn
 from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
+from updp_tf.partitioning import Solution
 from updp_tf.planning import Edit, Plan
-from updp_tf.progress import merged_student
 from updp_tf.reconstructing import reconstruct
 from updp_tf.reporting import PruningReport, scored_blocks
 from updp_tf.runs import RunDir
@@ -44,7 +43,8 @@ from updp_tf.scoring import (
     score,
     score_without_images,
 )
-from updp_tf.searching import SearchReport, Solution, Space
+from updp_tf.searching import SearchReport, Space
+from updp_tf.settling import merged_student
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, block_name
 from updp_tf.timing import with_latencies
@@ -230,7 +230,7 @@ def _prune_and_train(
             (folder / "report.json").write_text(small.pruning.to_json(), encoding="utf-8")
 
         def read(folder: Path) -> Any:
-            small = keras.models.load_model(folder / "start.keras", safe_mode=False)
+            small = load_model(folder / "start.keras", like=ask.model)
             small.pruning = PruningReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
             return small
 
@@ -592,9 +592,8 @@ def _choose(
 
 
 def _space(blocks: Blocks, scores: Scores, budget: Mapping[str, float], *, or_nearest: bool) -> Space:
-    make = Space.nearest if or_nearest else Space.within
     costs = {block.name: block.cost for block in blocks}
-    return make(scores.candidates, blocks=costs, rest=_rest(blocks), budget=budget)
+    return Space.within(scores.candidates, blocks=costs, rest=blocks.rest_cost, budget=budget, or_nearest=or_nearest)
 
 
 @contextmanager
@@ -623,24 +622,6 @@ def _judge(
         memory_bytes=options.memory_bytes,
     ) as judge:
         yield judge
-
-
-def _rest(blocks: Blocks) -> Cost:
-    """Cost of the network outside its blocks."""
-    whole = blocks.network_cost
-    return Cost(
-        macs=whole.macs - sum(block.cost.macs for block in blocks),
-        params=whole.params - sum(block.cost.params for block in blocks),
-        activation_bytes=_outside_peak(blocks),
-        latency_ns=whole.latency_ns - sum(block.cost.latency_ns for block in blocks),
-        file_bytes=whole.file_bytes - sum(block.cost.file_bytes for block in blocks),
-    )
-
-
-def _outside_peak(blocks: Blocks) -> int:
-    """Largest activation bytes while a node outside every block runs."""
-    inside = {name for block in blocks for name in block.nodes}
-    return max((size for name, size in liveness(blocks.graph).total.items() if name not in inside), default=0)
 
 
 def _merge(

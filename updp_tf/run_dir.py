@@ -45,20 +45,14 @@ def write_atomically(path: str | os.PathLike[str], *, force: bool = False) -> It
     _refuse_target(target, force=force)
     temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
     try:
-        yield temporary
-        if not temporary.is_file():
-            raise OutputError(f"Cannot write '{target}': the writer left no file at '{temporary.name}'.")
-        _flush(temporary)
-        _refuse_target(target, force=force)  # again: the writer may have taken minutes
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except OutputError:
-        raise
-    except Exception as error:
-        reason = _why_not_written(error, temporary)
-        if reason is None:
-            raise
-        raise OutputError(f"Cannot write '{target}': {reason}.") from error
+        with _disk_errors_told(target, temporary):
+            yield temporary
+            if not temporary.is_file():
+                raise OutputError(f"Cannot write '{target}': the writer left no file at '{temporary.name}'.")
+            _flush(temporary)
+            _refuse_target(target, force=force)  # again: the writer may have taken minutes
+            os.replace(temporary, target)
+            _flush(target.parent)
     finally:
         _remove(temporary)
 
@@ -95,6 +89,20 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors_told(target: Path, temporary: Path) -> Iterator[None]:
+    """Raise `OutputError` where the disk did not take what is written; other errors of the writer pass through."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        reason = _why_not_written(error, temporary)
+        if reason is None:
+            raise
+        raise OutputError(f"Cannot write '{target}': {reason}.") from error
 
 
 def _why_not_written(error: BaseException, temporary: Path) -> str | None:
@@ -135,20 +143,14 @@ def write_folder_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     _refuse_folder(target)
     temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
     try:
-        temporary.mkdir()
-        yield temporary
-        for one in [*temporary.rglob("*"), temporary]:
-            _flush(one)
-        _refuse_folder(target)
-        os.rename(temporary, target)
-        _flush(target.parent)
-    except OutputError:
-        raise
-    except Exception as error:
-        reason = _why_not_written(error, temporary)
-        if reason is None:
-            raise
-        raise OutputError(f"Cannot write '{target}': {reason}.") from error
+        with _disk_errors_told(target, temporary):
+            temporary.mkdir()
+            yield temporary
+            for one in [*temporary.rglob("*"), temporary]:
+                _flush(one)
+            _refuse_folder(target)
+            os.rename(temporary, target)
+            _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -355,6 +355,11 @@ def as_images(tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(*tensor.shape[:-1], *(1,) * (4 - tensor.ndim), tensor.shape[-1])
 
 
+def image_shape(shape: Shape) -> Shape:
+    """Return the shape of a tensor as `as_images` gives it."""
+    return (shape[0], *image_size(shape), shape[-1])
+
+
 def image_size(shape: Shape) -> tuple[int | None, int | None]:
     """Height and width of a tensor: tokens are an image one pixel wide, a vector is one pixel."""
     height, width = (*shape[1:-1], 1, 1)[:2]

@@ -11,12 +11,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from updp_tf.graph import build_model, read_graph
+from updp_tf.graph import build_model, load_model, read_graph
 from updp_tf.judging import divergence
 from updp_tf.memory import DEFAULT_LIMIT_BYTES
 from updp_tf.mending import reestimate_norms
-from updp_tf.progress import merged_student, progressive
+from updp_tf.progress import progressive
 from updp_tf.runs import RunDir
+from updp_tf.settling import merged_student
 from updp_tf.training import Batches, Training, require_like, train
 from updp_tf.walking import Progress
 
@@ -75,7 +76,12 @@ def train_pruned(
 
         if run is None:
             return compute()
-        return run.stage(stage, compute, write=lambda net, folder: net.save(folder / "net.keras"), read=_load)
+        return run.stage(
+            stage,
+            compute,
+            write=lambda net, folder: net.save(folder / "net.keras"),
+            read=lambda folder: load_model(folder / "net.keras", like=model),
+        )
 
     mode = training.mode
     if mode == "direct":
@@ -102,10 +108,6 @@ def train_pruned(
             small = net
             net = trained("merged", lambda: small, turn, total)
     return _renewed(net, teacher, images, memory_bytes)
-
-
-def _load(folder: Path) -> Any:
-    return keras.models.load_model(folder / "net.keras", safe_mode=False)
 
 
 def _renewed(net: Any, teacher: Any, images: np.ndarray | None, memory_bytes: int) -> tuple[Any, tuple[str, ...]]:

@@ -19,7 +19,6 @@ from updp_tf.forms import form_by_name
 from updp_tf.judging import Judge, divergence
 from updp_tf.learning import Learned, learn
 from updp_tf.merging import Choice, merge_fitted, merge_in_sequence
-from updp_tf.pruning import _rest
 from updp_tf.scoring import score
 from updp_tf.searching import Space
 from updp_tf.structure import block_name
@@ -38,7 +37,7 @@ def scored(model, images, *, spans=1):
 
 def space_of(blocks, scores, budget):
     costs = {block.name: block.cost for block in blocks}
-    return Space.within(scores.candidates, blocks=costs, rest=_rest(blocks), budget=budget)
+    return Space.within(scores.candidates, blocks=costs, rest=blocks.rest_cost, budget=budget)
 
 
 def merged_with_fits(blocks, scores, chosen, images=None):

@@ -20,6 +20,7 @@ from updp_tf.graph import (
     build_model,
     clone_layer,
     fingerprint,
+    load_model,
     n_elements,
     read_graph,
     run_nodes,
@@ -377,3 +378,23 @@ def test_an_invalid_graph_cannot_exist() -> None:
         ModelGraph("g", graph.nodes[::-1], graph.inputs, graph.outputs)
     with pytest.raises(ModelError, match="names 'nowhere', which no call writes"):
         ModelGraph("g", graph.nodes, graph.inputs, Ref("nowhere"))
+
+
+def _with(layer):
+    inputs = keras.Input((5,))
+    return keras.Model(inputs, keras.layers.Dense(2)(layer(inputs)))
+
+
+def test_a_file_brings_no_code_that_the_model_does_not_hold(tmp_path):
+    class Twice(keras.layers.Layer):  # nothing outside this test can import it
+        def call(self, x):
+            return 2 * x
+
+    for name, layer in (("own", Twice()), ("code", keras.layers.Lambda(lambda x: 2 * x, output_shape=(5,)))):
+        model = _with(layer)
+        model.save(tmp_path / f"{name}.keras")
+        loaded = load_model(tmp_path / f"{name}.keras", like=model)
+        x = np.ones((3, 5), "float32")
+        np.testing.assert_array_equal(np.asarray(loaded(x)), np.asarray(model(x)))
+    with pytest.raises(ValueError, match="Lambda"):
+        load_model(tmp_path / "code.keras", like=_with(Twice()))

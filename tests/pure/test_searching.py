@@ -2,6 +2,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,18 +11,8 @@ from hypothesis import strategies as st
 
 from updp_tf.cost import Budget, is_dearer, total
 from updp_tf.errors import BudgetError, FormError
-from updp_tf.searching import (
-    LARGEST_COEFFICIENT,
-    Measured,
-    SearchReport,
-    Solution,
-    Space,
-    _Limits,
-    _Problem,
-    _System,
-    nearest,
-    solve,
-)
+from updp_tf.partitioning import LARGEST_COEFFICIENT, Limits, Problem, Solution, System
+from updp_tf.searching import Measured, SearchReport, Space, nearest, solve
 from updp_tf.structure import Candidate, Cost
 
 REST = Cost(macs=50, params=20, activation_bytes=3, latency_ns=-2, file_bytes=9)
@@ -273,7 +264,7 @@ def test_the_guessed_core_changes_nothing(monkeypatch):
     # a core that is guessed too small or too large costs time, never the optimum
     found = []
     for size in (0, 5, 10**6):
-        monkeypatch.setattr("updp_tf.searching.FIRST_CORE", size)
+        monkeypatch.setattr("updp_tf.partitioning.FIRST_CORE", size)
         for seed in range(4):
             candidates, blocks = random_instance(seed, n_blocks=24, n_forms=4)
             budget = {"macs": 0.6, "params": 0.65}
@@ -381,8 +372,8 @@ def test_budgets_hold_to_the_last_unit(spare, size):
 
 def test_excluding_the_best_choices_gives_the_next():
     items = [candidate(name, "conv", score) for name, score in (("a", 0.1), ("b", 0.2), ("c", 0.4))]
-    problem = _Problem.build(items, BLOCKS, REST, Budget.parse({"merged": 2}))
-    system = _System.build(problem, _Limits({}, 2))
+    problem = Problem.build(items, BLOCKS, REST, Budget.parse({"merged": 2}))
+    system = System.build(problem, Limits({}, 2))
     found = []
     while (picked := system.minimise(problem.scores, other_than=found)) is not None:
         found.append(picked)
@@ -547,14 +538,27 @@ def keys(solution):
 SPACE_BUDGETS = ({"macs": 0.75}, {"macs": 0.8, "params": 0.8}, {"merged": 3}, {"activation_bytes": 0.9, "macs": 0.9})
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("budget", SPACE_BUDGETS, ids=str)
-def test_the_best_choices_are_the_first_of_all(seed, budget):
+@pytest.fixture(params=[(seed, budget) for seed in range(4) for budget in SPACE_BUDGETS], ids=str)
+def small_space(request):
+    """A space with the instance that it is of, its budget, and every choice in it, from brute force."""
+    seed, budget = request.param
     candidates, blocks = random_instance(seed, n_blocks=5, n_forms=2)
     everything = all_within(candidates, blocks, budget)
     if not everything:
-        return
-    found = space_of(candidates, blocks, budget).best(12)
+        pytest.skip("nothing is within the budget")
+    return SimpleNamespace(
+        space=space_of(candidates, blocks, budget),
+        candidates=candidates,
+        blocks=blocks,
+        budget=budget,
+        everything=everything,
+    )
+
+
+def test_the_best_choices_are_the_first_of_all(small_space):
+    candidates, blocks, budget = small_space.candidates, small_space.blocks, small_space.budget
+    everything = small_space.everything
+    found = small_space.space.best(12)
     assert [one.score for one in found] == pytest.approx([score for score, _ in everything[:12]])
     assert len({keys(one) for one in found}) == len(found) == min(12, len(everything))
     assert {keys(one) for one in found} <= {names for _, names in everything}
@@ -567,17 +571,11 @@ def test_the_best_choices_end_where_there_are_no_more():
     assert [keys(one) for one in space_of([], BLOCKS, {"macs": 1.0}).best(9)] == [set()]
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("budget", SPACE_BUDGETS, ids=str)
-def test_swaps_are_all_choices_that_differ_in_one_item(seed, budget):
-    candidates, blocks = random_instance(seed, n_blocks=5, n_forms=2)
-    everything = all_within(candidates, blocks, budget)
-    if not everything:
-        return
-    space = space_of(candidates, blocks, budget)
+def test_swaps_are_all_choices_that_differ_in_one_item(small_space):
+    space = small_space.space
     for base in space.best(3):
         mine = keys(base)
-        expected = [names for _, names in everything if len(mine - names) == 1 and len(names - mine) <= 1]
+        expected = [names for _, names in small_space.everything if len(mine - names) == 1 and len(names - mine) <= 1]
         found = list(space.swaps(base))
         assert sorted(map(sorted, map(keys, found))) == sorted(map(sorted, expected))
         assert [one.score for one in found] == sorted(one.score for one in found)
@@ -645,7 +643,7 @@ def test_uniform_is_within_every_limit(budget):
 
 
 def test_a_space_of_the_nearest_budget():
-    space = Space.nearest(FEW, blocks=BLOCKS, rest=REST, budget={"macs": 0.5})
+    space = Space.within(FEW, blocks=BLOCKS, rest=REST, budget={"macs": 0.5}, or_nearest=True)
     assert "the smallest plan has 0.635" in space.note
     assert (space.solution, space.note) == nearest(FEW, blocks=BLOCKS, rest=REST, budget={"macs": 0.5})
     assert [one.cost.macs for one in space.best(9)] == [222]

@@ -35,6 +35,7 @@ def test_pure_modules_load_no_keras() -> None:
         "planning",
         "samples",
         "searching",
+        "partitioning",
     )
     code = f"import sys\nfor m in {(*modules, 'structure')}: __import__('updp_tf.' + m)\n"
     code += "sys.exit(' '.join({'keras', 'tensorflow', 'rich'} & set(sys.modules)) or 0)"
