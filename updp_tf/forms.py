@@ -519,8 +519,10 @@ def fold_skip(map: AffineConv, skip: AffineConv) -> AffineConv:
     return affine.add_projection_skip(map, affine.regroup(skip, 1))
 
 
-def explains_all_of(larger: Form, smaller: Form) -> bool:
+def explains_all_of(larger: Form, smaller: Form, block: Block) -> bool:
     """True if every map of the smaller form is one of the larger's too, so that its fit cannot be better."""
+    if isinstance(larger, ScaleForm):  # of 1, where the skip that is left by removing is the identity
+        return isinstance(smaller, RemoveForm) and block.skip_kind == "identity"
     if not isinstance(larger, ConvForm) or larger == smaller:
         return False
     if isinstance(smaller, ConvForm | SeparableForm):

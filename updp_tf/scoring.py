@@ -116,7 +116,7 @@ def eligible_forms(
             refusals.append(refusal)
     if not cheapest_too:
         for form, mode in list(able):
-            larger = next((one for one, _ in able if explains_all_of(one, form)), None)
+            larger = next((one for one, _ in able if explains_all_of(one, form, block)), None)
             if larger is not None:
                 able.remove((form, mode))
                 reason = f"{larger.name} explains at least as much, and the budget limits no cost"

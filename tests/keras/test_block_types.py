@@ -490,6 +490,18 @@ def test_a_form_dearer_than_its_block_is_listed_and_not_picked() -> None:
     assert [(one.rule, one.reason.partition(":")[0]) for one in refusals] == [("conv7", "dearer than the block")]
 
 
+@pytest.mark.parametrize("project", [False, True])
+def test_a_scale_covers_removing_where_the_skip_is_the_identity(project: bool) -> None:
+    """A projection stays when its block is removed, and mixes channels: no scale does that."""
+    (block,) = find_blocks(model_of(lambda x: layers.Dense(2)(zoo.basic(x, 6, project=project))))
+    forms = [ScaleForm(), form_by_name("remove")]
+    able, refusals = scoring.eligible_forms(block, forms=forms, skip="auto", unit="macs", cheapest_too=False)
+    assert [form.name for form, _ in able] == (["scale", "remove"] if project else ["scale"])
+    assert [one.reason for one in refusals] == (
+        [] if project else ["scale explains at least as much, and the budget limits no cost"]
+    )
+
+
 def test_the_largest_matrix_is_bounded() -> None:
     assert 8 * moments.MAX_DENSE_UNKNOWNS**2 <= 2**30
 
