@@ -24,7 +24,7 @@ class Reconstruction:
         steps: that were trained.
         before: error of the merged model.
         after: error of the trained one.
-        kept: True if it was better, and is what was returned.
+        kept: True if it was better by more than a standard error over images, and is what was returned.
     """
 
     steps: int
@@ -75,8 +75,10 @@ def reconstruct(
     callbacks = [_Steps(steps, progress)] if progress is not None else []
     trainer.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=callbacks)
     unseen = images[held_out] if held_out.any() else images
-    before, after = (_output_error(original, model, unseen, batch_size) for model in (merged, student))
-    kept = after < before
+    wanted = _outputs(original, unseen, batch_size)
+    errors = [_output_errors(wanted, _outputs(model, unseen, batch_size)) for model in (merged, student)]
+    before, after = (float(one.sum()) for one in errors)
+    kept = _is_surely_less(errors[1], errors[0])
     if kept:
         for layer in student.layers:
             layer.trainable = was_trainable[layer.name]
@@ -134,12 +136,17 @@ class _Steps(keras.callbacks.Callback):
         self._progress(batch + 1, self._total, "reconstruct")
 
 
-def _output_error(original: Any, model: Any, images: np.ndarray, batch_size: int) -> float:
-    """Squared error of the outputs relative to their variance."""
-    wanted, have = (_outputs(one, images, batch_size) for one in (original, model))
-    total = sum(float(np.square(part - part.mean(axis=0)).sum()) for part in wanted)
-    lost = sum(float(np.square(a - b).sum()) for a, b in zip(wanted, have, strict=True))
-    return lost / (total or 1.0)
+def _output_errors(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:
+    """Squared error of the outputs relative to their variance, image by image; they add up to the error of all."""
+    total = sum(float(np.square(part - part.mean(axis=0)).sum()) for part in wanted) or 1.0
+    lost = [np.square(a - b).reshape(len(a), -1).sum(axis=1) for a, b in zip(wanted, have, strict=True)]
+    return np.sum(lost, axis=0) / total
+
+
+def _is_surely_less(errors: np.ndarray, before: np.ndarray) -> bool:
+    """True where errors fall by more than a standard error: two images out of 60 can make all the difference."""
+    gains = before - errors
+    return bool(gains.sum() > gains.std(ddof=1) * np.sqrt(len(gains)))
 
 
 def _outputs(model: Any, images: np.ndarray, batch_size: int) -> list[np.ndarray]:

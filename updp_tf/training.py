@@ -137,6 +137,8 @@ class BlendSchedule(keras.callbacks.Callback):
 class Batches:
     """Training data as batches by the number of their step, the same ones whenever they are asked for.
 
+    Where processes share a training (`keras.distribution`), each gets its own rows of every batch.
+
     Args:
         data: (images, labels) or images as arrays, shuffled anew in each epoch; a `PyDataset`; or anything with a
             length that gives the same batches each time it is iterated, a `tf.data.Dataset` for instance.
@@ -150,6 +152,7 @@ class Batches:
         self._data, self._training = data, training
         self._arrays = _as_arrays(data)
         self._at, self._iterator = 0, iter(())
+        self._shard, self._n_shards = _own_shard()
         if self._arrays is not None:
             steps = len(self._arrays[0]) // training.batch_size
         else:
@@ -164,9 +167,21 @@ class Batches:
         """Return steps `first` up to `last` in a form that `fit` reads."""
         if self._arrays is not None or isinstance(self._data, keras.utils.PyDataset):
             return _Window(self, first, last)
-        return (self._next(step) for step in range(first, last))
+        return (self._own_rows(self._next(step)) for step in range(first, last))
 
     def __getitem__(self, step: int) -> tuple[Any, ...]:
+        return self._own_rows(self._whole(step))
+
+    def _own_rows(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._n_shards == 1:
+            return batch
+        if (n := len(batch[0])) % self._n_shards:
+            raise TrainingError(
+                f"{self._n_shards} processes cannot share a batch of {n} images evenly: choose another batch_size."
+            )
+        return tuple(part[self._shard :: self._n_shards] for part in batch)
+
+    def _whole(self, step: int) -> tuple[Any, ...]:
         if self._arrays is None:
             return _as_tuple(self._data[step % self.steps_per_epoch])
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -177,7 +192,7 @@ class Batches:
     def first(self) -> tuple[Any, ...]:
         """Return one batch, to look at."""
         if self._arrays is not None or isinstance(self._data, keras.utils.PyDataset):
-            return self[0]
+            return self._whole(0)
         return _as_tuple(next(iter(self._data)))
 
     def _next(self, step: int) -> tuple[Any, ...]:
@@ -200,6 +215,19 @@ class _Window(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self._batches[self._first + index]
+
+
+def _own_shard() -> tuple[int, int]:
+    """Return which part of each batch this process trains on, and how many parts there are."""
+    spread = keras.distribution.distribution()
+    if spread is None or spread.num_processes == 1:
+        return 0, 1
+    if spread.auto_shard_dataset:
+        raise TrainingError(
+            "Each process takes its own rows of every batch here, and Keras would shard a dataset once more: set "
+            "DataParallel(auto_shard_dataset=False)."
+        )
+    return spread.data_shard_id, min(spread.num_processes, spread.num_model_replicas)
 
 
 def _as_arrays(data: Any) -> tuple[np.ndarray, ...] | None:

@@ -42,7 +42,7 @@ def accuracy() -> None:
         return {"macs": macs_of(small), "top1": f"{top1:.4f}", "n_test": len(y_test)}
 
     records.ensure(lambda: row(model), draw="-", way="original", n_blocks=0)
-    # The way that `prune` takes first, for every draw; the others are shown for one draw.
+    # The way that `prune` takes and greedy dropping for every draw; the others are shown for one draw.
     for draw, wanted in (*((draw, MAIN_WAY) for draw in DRAWS), (DRAWS[0], WAYS)):
         chosen = np.random.default_rng(draw).choice(len(x_train), N_CALIBRATION, replace=False)
         images = load.cifar_preprocess(x_train[chosen])
@@ -88,8 +88,7 @@ def accuracy() -> None:
             for way in wanted:
                 if records.find(draw=draw, way=way, n_blocks=n) is None and (small := ways[way]()) is not None:
                     records.ensure(lambda small=small: row(small), draw=draw, way=way, n_blocks=n)
-        if draw == DRAWS[0]:
-            drop_blocks(records, blocks, images, draw, row)
+        drop_blocks(records, blocks, images, draw, row)
 
 
 WAYS = (

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from updp_tf import reconstructing
 from updp_tf.blocks import find_blocks
 from updp_tf.forms import form_by_name
 from updp_tf.merging import Choice, merge_in_sequence
@@ -57,6 +58,18 @@ def test_a_harmful_training_is_not_kept(case):
     result, told = reconstruct(merged.model, model, names, images, steps=5, learning_rate=10.0)
     assert not told.kept and told.after >= told.before
     assert result is merged.model
+
+
+def test_a_gain_that_two_images_make_is_no_gain():
+    """A draw of 60 held-out images, two of which lose most: the mean falls by a quarter, and tells nothing."""
+    rng = np.random.default_rng(0)
+    before = 0.01 * rng.uniform(size=60)
+    before[:2] = 1.0
+    after = before + 0.002 * rng.uniform(size=60)
+    after[0] = 0.4
+    assert after.sum() < 0.8 * before.sum()
+    assert not reconstructing._is_surely_less(after, before)
+    assert reconstructing._is_surely_less(before - 0.005, before)
 
 
 def test_progress_counts_steps(case):
