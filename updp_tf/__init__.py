@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from updp_tf.affine import AffineConv
+    from updp_tf.augmenting import Augmentation
     from updp_tf.blocks import Blocks, find_blocks
     from updp_tf.choosing import Additive, Exact, Random, Uniform
     from updp_tf.errors import (
@@ -103,6 +104,7 @@ _MODULE_BY_NAME = {
     "Sweep": "sweeping",
     "sweep": "sweeping",
     "Schedule": "schedule",
+    "Augmentation": "augmenting",
     "BlendSchedule": "training",
     "Training": "training",
     "Supernet": "supernet",
@@ -111,6 +113,7 @@ _MODULE_BY_NAME = {
 __all__ = [
     "Additive",
     "AffineConv",
+    "Augmentation",
     "BlendSchedule",
     "Blocks",
     "BudgetError",

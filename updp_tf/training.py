@@ -16,6 +16,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from updp_tf.augmenting import Augmentation
 from updp_tf.errors import ScheduleError, TrainingError
 from updp_tf.layers import Blend
 from updp_tf.runs import RunDir
@@ -49,6 +50,7 @@ class Training:
         tail: activation that is blended in behind every pruned block, or None.
         checkpoint_steps: between checkpoints in the run directory; an epoch where None.
         steps_per_epoch: for data that do not tell.
+        augmentation: of the training images, or None.
         callbacks: Keras callbacks, for instance `keras.callbacks.TensorBoard`.
         seed: of the order of arrays and of layers that draw.
     """
@@ -66,6 +68,7 @@ class Training:
     tail: str | None = None
     checkpoint_steps: int | None = None
     steps_per_epoch: int | None = None
+    augmentation: Augmentation | None = None
     callbacks: tuple[Any, ...] = ()
     seed: int = 0
 
@@ -73,7 +76,13 @@ class Training:
         """What decides the result, as plain data."""
         optimizer = None if self.optimizer is None else keras.optimizers.serialize(self.optimizer)
         loss = None if self.loss is None else str(keras.losses.serialize(keras.losses.get(self.loss)))
-        replaced = {"optimizer": optimizer, "loss": loss, "schedule": asdict(self.schedule)}
+        augmentation = None if self.augmentation is None else asdict(self.augmentation)
+        replaced = {
+            "optimizer": optimizer,
+            "loss": loss,
+            "schedule": asdict(self.schedule),
+            "augmentation": augmentation,
+        }
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("callbacks", *replaced)}
         return {**kept, **replaced}
 
@@ -167,12 +176,15 @@ class Batches:
         """Return steps `first` up to `last` in a form that `fit` reads."""
         if self._arrays is not None or isinstance(self._data, keras.utils.PyDataset):
             return _Window(self, first, last)
-        return (self._own_rows(self._next(step)) for step in range(first, last))
+        return (self._prepared(self._next(step), step) for step in range(first, last))
 
     def __getitem__(self, step: int) -> tuple[Any, ...]:
-        return self._own_rows(self._whole(step))
+        return self._prepared(self._whole(step), step)
 
-    def _own_rows(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _prepared(self, batch: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Return a batch as this process trains on it."""
+        if self._training.augmentation is not None:
+            batch = self._training.augmentation(batch, (self._training.seed, step))
         if self._n_shards == 1:
             return batch
         if (n := len(batch[0])) % self._n_shards:
@@ -296,6 +308,7 @@ def train(
     while done < end:
         upto = min(end, (done // piece + 1) * piece)
         epoch = done // data.steps_per_epoch
+        watch = _Watch(net, done, total, stage, run, progress, keeps_weights=optimizer.use_ema)
         history = distiller.fit(
             data.window(done, upto),
             steps_per_epoch=upto - done,
@@ -303,9 +316,11 @@ def train(
             epochs=epoch + 1,
             verbose=0,
             shuffle=False,
-            callbacks=[_Watch(net, done, total, stage, run, progress), *training.callbacks],
+            callbacks=[watch, *training.callbacks],
         )
         done = upto
+        if optimizer.use_ema and done < end:
+            watch.undo_average()
         if run is not None and log is not None:
             blends = [layer.blend for layer in blend_layers(net)]
             log.append(
@@ -427,11 +442,30 @@ class _Watch(keras.callbacks.Callback):
     """Stops at a loss that is no number, and tells how far a training is."""
 
     def __init__(
-        self, net: Any, done: int, total: int, stage: str, run: RunDir | None, progress: Callable[..., None] | None
+        self,
+        net: Any,
+        done: int,
+        total: int,
+        stage: str,
+        run: RunDir | None,
+        progress: Callable[..., None] | None,
+        *,
+        keeps_weights: bool,
     ) -> None:
         super().__init__()
         self._net, self._done, self._total, self._stage = net, done, total, stage
         self._run, self._progress = run, progress
+        self._keeps_weights = keeps_weights
+        self._weights: list[np.ndarray] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._keeps_weights:
+            self._weights = [keras.ops.convert_to_numpy(weight) for weight in self._net.trainable_variables]
+
+    def undo_average(self) -> None:
+        """Put back the weights that `fit` replaced by their moving averages: the training is not over."""
+        for variable, weight in zip(self._net.trainable_variables, self._weights, strict=True):
+            variable.assign(weight)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         step = self._done + batch + 1
