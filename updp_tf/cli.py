@@ -30,6 +30,7 @@ from updp_tf.terminal import (
     read_lines,
     require_keras_output,
     step_names,
+    training_data,
     working,
 )
 
@@ -47,6 +48,14 @@ class Start(StrEnum):
     least_squares = "least_squares"
     gaussian = "gaussian"
     identity = "identity"
+
+
+class Mode(StrEnum):
+    """How a plan is trained in."""
+
+    direct = "direct"
+    whole = "whole"
+    expanded = "expanded"
 
 
 class Precision(StrEnum):
@@ -203,21 +212,39 @@ def prune(
         str, typer.Option(help="How to search: additive, exact (measures plans on images), genetic, random, uniform.")
     ] = "additive",
     latency: Table = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.npy", help="Train the result on these images, with the original as the teacher."),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="Labels of the training images; half of the loss then.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Training images at a time.")] = 64,
+    mode: Annotated[
+        Mode, typer.Option(help="Train the merged network (direct), or blend the plan in while training.")
+    ] = Mode.direct,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keeps stages and checkpoints: the same command goes on there.")
+    ] = None,
     plan_out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Where the plan goes.")] = None,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Merge blocks of a model into single layers, without training."""
+    """Merge blocks of a model into single layers, and train the result where there are images for it."""
     limits = numbers(budget or [], "--budget") or None
     drops = numbers([max_drop], "--max-drop") if max_drop is not None else None
     require_keras_output(output, model)
+    if train is None and (labels is not None or run_dir is not None):
+        raise typer.BadParameter("--labels and --run-dir belong to --train.", param_hint="--train")
     with (
         working(debug) as show,
         write_atomically(output, force=force) as file,
         maybe_written(plan_out, force=force) as plan_file,
     ):
         images = calibration_array(calibration)
+        data = training_data(train, labels)
         loaded = load_model(model)
         import updp_tf
 
@@ -230,6 +257,9 @@ def prune(
             forms=form or None,
             method=method,
             latency=latency,
+            train=data,
+            training=None if data is None else updp_tf.Training(epochs=epochs, batch_size=batch_size, mode=mode.value),
+            run_dir=run_dir,
             options=None if start is None else updp_tf.Options(start=start.value),
         )
         small.save(file)

@@ -145,6 +145,23 @@ def calibration_array(source: str | None) -> Any:
     return None if source is None else load_array(source, "calibration images")
 
 
+def training_data(images: str | None, labels: str | None) -> Any:
+    """Return images, or images and labels, None where none are given.
+
+    Raises:
+        DataError: there is another number of labels.
+    """
+    if images is None:
+        return None
+    shown = load_array(images, "training images")
+    if labels is None:
+        return shown
+    told = load_array(labels, "labels")
+    if len(told) != len(shown):
+        raise DataError(f"'{labels}' holds {len(told)} labels for {len(shown)} training images.")
+    return shown, told
+
+
 def _only_key(keys: list[str], key: str, path: Path, what: str) -> str:
     if not key and len(keys) == 1:
         return keys[0]

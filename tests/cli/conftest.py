@@ -88,11 +88,13 @@ def files(tmp_path_factory) -> SimpleNamespace:
     found.text.write_text("no model")
     with_nan = images.copy()
     with_nan[3, 4, 5, 1] = np.nan
-    for name, array in {"x": images, "small_x": images[:, :8], "nan": with_nan, "y": np.arange(60) % CLASSES}.items():
+    labels = np.arange(60) % CLASSES
+    arrays = {"x": images, "small_x": images[:, :8], "nan": with_nan, "y": labels, "few": labels[:59]}
+    for name, array in arrays.items():
         setattr(found, name, folder / f"{name}.npy")
         np.save(folder / f"{name}.npy", array)
     found.npz = folder / "images.npz"
-    np.savez(found.npz, calibration=images, labels=np.arange(60) % CLASSES)
+    np.savez(found.npz, calibration=images, labels=labels)
     return found
 
 

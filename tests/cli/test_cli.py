@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -41,6 +42,7 @@ def ran(files, pruned):
     images = ["--calibration", files.x]
     table, forms, run = folder / "table.csv", ["--form", "conv3", "--form", "remove"], folder / "run"
     run.mkdir()
+    training = ["--budget", "merged=1", "--train", files.x, "--epochs", "2", "--batch-size", "20"]
 
     def prune(name, *options, of=model):
         return ["prune", of, "-o", folder / f"{name}.keras", *options]
@@ -53,6 +55,7 @@ def ran(files, pruned):
         "output is the model": ["prune", model, "-o", model, "--force"],
         "output of another kind": ["prune", model, "-o", folder / "x.h5"],
         "no such option": ["blocks", model, "--colour"],
+        "labels of nothing": prune("u5", "--labels", files.y),
         "no such start": prune("u4", "--start", "magic"),
         # before any model is read
         "output exists": ["prune", files.missing, "-o", folder / "there.keras"],
@@ -82,10 +85,13 @@ def ran(files, pruned):
         "no latency table": prune("b5", *images, "--budget", "latency=0.5", "--latency", folder / "there.csv"),
         "sweep of nothing": ["sweep", model, *images, "--unit", "merged", "--form", "conv3"],
         "report of nothing": ["report", folder / "nowhere"],
+        "too few labels": prune("t1", "--train", files.x, "--labels", files.few),
         "broken plan": ["merge", model, folder / "broken.json", "-o", folder / "p1.keras"],
         "plan without arrays": ["merge", model, folder / "plan.json", "-o", folder / "p2.keras"],
         # what works
         "prune": prune("there", "--calibration", f"{files.npz}:calibration", "--force"),
+        "train": prune("trained", *images, *training, "--labels", files.y, "--run-dir", folder / "trained", "--json"),
+        "train again": prune("again", *images, *training, "--labels", files.y, "--run-dir", folder / "trained"),
         "prune without images": prune("gaussian", "--form", "conv3"),
         "latency": ["latency", model, "-o", table, *forms, "--max-seconds", "3", "--networks", "0", "--json"],
         "no row": prune("b6", *images, "--form", "pointwise", "--latency", table),
@@ -220,6 +226,18 @@ def test_prune_prints_a_table_for_people(ran, files):
     assert files.folder.joinpath("there.keras").read_bytes().startswith(b"PK")  # --force replaced it
 
 
+def test_prune_trains_and_goes_on_from_its_run_directory(ran, files):
+    assert ran["train"].code == 0, ran["train"].err
+    assert json.loads(ran["train"].out)["blocks"]
+    first, again = (files.folder.joinpath(f"{name}.keras") for name in ("trained", "again"))
+    assert ran["train again"].code == 0, ran["train again"].err
+    nets = [keras.saving.load_model(path) for path in (first, again)]
+    for a, b in zip(*(net.get_weights() for net in nets), strict=True):
+        np.testing.assert_array_equal(a, b)
+    log = next(files.folder.joinpath("trained").rglob("training_*.csv")).read_text().splitlines()
+    assert len(log) == 3 and log[0].startswith("step,blend,loss")
+
+
 def test_without_images_the_blocks_own_norms_are_used(ran):
     done = ran["prune without images"]
     assert done.code == 0, done.err
@@ -333,6 +351,7 @@ USAGE = {
     "output is the model": "is the model itself",
     "output of another kind": "does not end in .keras",
     "no such option": "No such option",
+    "labels of nothing": "--labels and --run-dir belong to --train",
     "no such start": "'magic' is not one of",
     "edgetpu output": "an output needs --compile",
 }
@@ -361,6 +380,7 @@ OURS = {
     "model needs a class": "Keras cannot load '.*custom.keras' .*Doubled.*load it in Python",
     "images of another shape": r"has shape \(60, 8, 12, 3\); the model reads images of shape \(12, 12, 3\)",
     "images with nan": "NaN or infinite",
+    "too few labels": r"few.npy' holds 59 labels for 60 training images",
     "no images": "Least squares needs calibration images",
     "budget too small": r"macs 0.05 cannot be met: the smallest plan has 0\.\d+",
     "budget of nothing": "A budget cannot be in 'milk'",
