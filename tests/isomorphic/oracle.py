@@ -31,9 +31,12 @@ def cut_at(model, ratio, *, round_to=1, scope="isomorphic", importance="l2", see
     return dependencies, cut, build_model(cut_units(dependencies, cut))
 
 
-def check_against_oracle(dependencies, cut, narrowed, inputs):
-    """Compare a narrowed model with the oracle; returns the largest relative error."""
-    wanted = oracle_outputs(dependencies, cut, inputs)
+def check_against_oracle(dependencies, cut, narrowed, inputs, *, spend=False):
+    """Compare a narrowed model with the oracle; returns the largest relative error.
+
+    `spend` zeroes kernels of the original itself, where nobody needs it afterwards, instead of a copy's.
+    """
+    wanted = oracle_outputs(dependencies, cut, inputs, spend=spend)
     have = [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(narrowed(inputs, training=False))]
     errors = []
     for one, want in zip(have, wanted, strict=True):
@@ -44,8 +47,8 @@ def check_against_oracle(dependencies, cut, narrowed, inputs):
     return max(errors)
 
 
-def oracle_outputs(dependencies, cut, inputs):
-    graph = read_graph(build_model(dependencies.graph))
+def oracle_outputs(dependencies, cut, inputs, *, spend=False):
+    graph = dependencies.graph if spend else read_graph(build_model(dependencies.graph))
     masks = {
         ref: [None if labels is None else dependencies.units.kept(labels, cut) for labels in axes]
         for ref, axes in dependencies.axes.items()

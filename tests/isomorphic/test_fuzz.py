@@ -93,7 +93,7 @@ def take_step(step: str, x, y, choice: int) -> list:
 def check(program: Program, ratio: float) -> None:
     model = run_program(program)
     dependencies, cut, narrowed = cut_at(model, ratio, importance="random", seed=len(program))
-    check_against_oracle(dependencies, cut, narrowed, zoo.inputs_of(model, n=2))
+    check_against_oracle(dependencies, cut, narrowed, zoo.inputs_of(model, n=2), spend=True)
 
 
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)

@@ -92,8 +92,19 @@ def stock_only(model: keras.Model) -> bool:
 # Maps that are given
 
 
-@pytest.mark.parametrize("form", ["pointwise", "conv3", "conv5", "remove"])
-@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in ("shared_classifier", "fixed_batch")])
+ALWAYS = ("residual", "inverted_residuals", "bottlenecks", "preactivation", "two_branches", "tokens")
+"""Networks that take every form in the default run: a kernel of another size is the same code for the others."""
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=() if name in ALWAYS or form in ("conv3", "remove") else pytest.mark.slow)
+        for name in zoo.ZOO
+        if name not in ("shared_classifier", "fixed_batch")
+        for form in ("pointwise", "conv3", "conv5", "remove")
+    ],
+)
 def test_every_block_of_the_zoo_becomes_what_it_is_told(name: str, form: str) -> None:
     model = zoo.shared(name)
     before = facts(model)

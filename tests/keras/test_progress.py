@@ -1,5 +1,7 @@
 """Students: equal to the model at blend 1, equal to what they merge to at blend 0, on every kind of block."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ DENSE, SEPARABLE = ("conv3", "conv5", "pointwise"), ("separable3", "separable7",
 TOTAL = 6
 
 
-def plan_for(model, forms, x):
-    """A plan that merges as many blocks as these forms can."""
+@functools.cache
+def plan_for(name, forms):
+    """A plan that merges as many blocks of a network as these forms can."""
+    model = zoo.shared(name)
+    x = zoo.inputs_of(model, n=40)
     for n in range(len(updp_tf.find_blocks(model)), 0, -1):
         try:
             return updp_tf.search(model, calibration=x, budget={"merged": n}, forms=forms, verbose=False)
@@ -65,13 +70,23 @@ EXPANDED = {
 }
 
 
-@pytest.mark.parametrize("mode", ["whole", "expanded"])
-@pytest.mark.parametrize("name", EXPANDED)
+WHOLE = ("residual", "squeeze_excite", "mobilenet_v1", "tokens", "half")
+"""Networks whose blocks are blended whole in the default run: what is inside a block does not matter there."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=() if mode == "expanded" or name in WHOLE else pytest.mark.slow)
+        for name in EXPANDED
+        for mode in ("whole", "expanded")
+    ],
+)
 def test_both_ends_of_every_kind_of_block(name, mode):
     model = zoo.build(name)
     x = zoo.inputs_of(model, n=40)
     forms, n_expanded = EXPANDED[name]
-    plan = plan_for(model, forms, x)
+    plan = plan_for(name, forms)
     before = [np.array(weight) for weight in model.get_weights()]
     schedule = updp_tf.Schedule(total_steps=TOTAL, until=1.0)
     student = updp_tf.progressive(model, plan, calibration=x, mode=mode, schedule=schedule, verbose=False)
@@ -95,7 +110,7 @@ def test_both_ends_of_every_kind_of_block(name, mode):
 def test_a_form_that_the_layers_do_not_compose_to_is_blended_whole_and_says_why():
     model = zoo.build("residual")
     x = zoo.inputs_of(model, n=40)
-    plan = plan_for(model, ("separable3",), x)
+    plan = plan_for("residual", ("separable3",))
     student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", verbose=False)
     assert {one.mode for one in student.blending} == {"whole"}
     assert all("do not compose" in one.refusal.reason for one in student.blending)
@@ -104,7 +119,9 @@ def test_a_form_that_the_layers_do_not_compose_to_is_blended_whole_and_says_why(
 def test_two_kernels_become_one_of_their_own_size_by_losing_taps():
     model = zoo.build("residual")
     x = zoo.inputs_of(model, n=40)
-    student = updp_tf.progressive(model, plan_for(model, ("conv3",), x), calibration=x, mode="expanded", verbose=False)
+    student = updp_tf.progressive(
+        model, plan_for("residual", ("conv3",)), calibration=x, mode="expanded", verbose=False
+    )
     kinds = [type(layer) for layer in student.layers]
     assert kinds.count(TapsBlend) == len(student.blending)
     assert BorderRing in kinds
@@ -114,7 +131,7 @@ def test_two_kernels_become_one_of_their_own_size_by_losing_taps():
 def test_where_lines_start(lines):
     model = zoo.build("inverted_residuals")
     x = zoo.inputs_of(model, n=200)
-    plan = plan_for(model, ("conv3",), x)
+    plan = plan_for("inverted_residuals", ("conv3",))
     student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", lines=lines, verbose=False)
     blend = next(layer for layer in blend_layers(student) if hasattr(layer, "slope"))
     inner = keras.Model(student.inputs[0], blend.input)
@@ -134,7 +151,7 @@ def test_where_lines_start(lines):
 def test_a_trained_student_merges_to_what_it_computes(tmp_path):
     model = zoo.build("squeeze_excite")
     x = zoo.inputs_of(model, n=64)
-    plan = plan_for(model, ("conv3",), x)
+    plan = plan_for("squeeze_excite", ("conv3",))
     student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", tail="relu", verbose=False)
     student.compile(keras.optimizers.Adam(1e-3), "mse")
     y = np.asarray(model(x, training=False))
@@ -152,7 +169,7 @@ def test_a_trained_student_merges_to_what_it_computes(tmp_path):
 def test_blends_inside_a_distiller_and_a_fit_that_is_too_short():
     model = zoo.build("residual")
     x = zoo.inputs_of(model, n=32)
-    student = updp_tf.progressive(model, plan_for(model, ("conv3",), x), calibration=x, verbose=False)
+    student = updp_tf.progressive(model, plan_for("residual", ("conv3",)), calibration=x, verbose=False)
     teacher = zoo.build("residual")
     loss = keras.distillation.FeatureDistillation(loss="mse")
     distiller = keras.distillation.Distiller(teacher, student, loss, student_loss_weight=0.0)
@@ -161,7 +178,7 @@ def test_blends_inside_a_distiller_and_a_fit_that_is_too_short():
     updp_tf.merge(student)
     longer = updp_tf.progressive(
         model,
-        plan_for(model, ("conv3",), x),
+        plan_for("residual", ("conv3",)),
         calibration=x,
         schedule=updp_tf.Schedule(total_steps=100, until=0.5),
         verbose=False,
@@ -176,7 +193,7 @@ def test_blends_inside_a_distiller_and_a_fit_that_is_too_short():
 def test_training_without_a_length_names_the_way_out():
     model = zoo.build("residual")
     x = zoo.inputs_of(model, n=32)
-    student = updp_tf.progressive(model, plan_for(model, ("conv3",), x), calibration=x, verbose=False)
+    student = updp_tf.progressive(model, plan_for("residual", ("conv3",)), calibration=x, verbose=False)
     student.compile("sgd", "mse")
     with pytest.raises(ScheduleError, match="BlendSchedule"):
         student.fit(x, np.asarray(model(x, training=False)), verbose=0)
@@ -184,8 +201,7 @@ def test_training_without_a_length_names_the_way_out():
 
 def test_norms_need_images():
     model = zoo.build("layer_norm")
-    x = zoo.inputs_of(model, n=40)
-    plan = plan_for(model, SEPARABLE, x)
+    plan = plan_for("layer_norm", SEPARABLE)
     with pytest.raises(PlanError, match="without images"):
         updp_tf.progressive(model, plan, verbose=False)
     with pytest.raises(CalibrationError, match="give calibration images"):
@@ -196,7 +212,7 @@ def test_norms_need_images():
 def test_a_norm_starts_close_to_what_it_was(norms):
     model = zoo.build("layer_norm")
     x = zoo.inputs_of(model, n=60)
-    plan = plan_for(model, SEPARABLE, x)
+    plan = plan_for("layer_norm", SEPARABLE)
     student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", norms=norms, verbose=False)
     blend = next(one for one in blend_layers(student) if type(one).__name__ in ("NormBlend", "NormToBatch"))
     read = np.asarray(keras.Model(student.inputs[0], blend.input)(x))

@@ -149,7 +149,7 @@ def finished(storage):
 
 def test_killed_it_goes_on_as_if_it_had_not_been(tmp_path):
     storage = f"sqlite:///{tmp_path}/search.db"
-    for n in (3, 8, 4):
+    for n in (3, 8):
         process = start(storage, 0.05)
         for _ in range(n):
             assert process.stdout.readline() == "at work\n"
