@@ -31,6 +31,7 @@ from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.partitioning import Solution
 from updp_tf.planning import Edit, Plan
 from updp_tf.reconstructing import reconstruct
+from updp_tf.rejoining import rejoined
 from updp_tf.reporting import PruningReport, scored_blocks
 from updp_tf.runs import RunDir
 from updp_tf.scoring import (
@@ -72,6 +73,8 @@ class Options:
         refit: refit layers that close kept blocks where held-out images gain by it.
         reconstruct_steps: train the fitted layers alone for so many steps, without labels, kept where held-out images
             gain by it.
+        rejoin: merge merged blocks again that read one another with nothing in between, where the one layer that they
+            are multiplies less than they do; outputs stay as they are, up to rounding.
         exact_borders: without images, merge so that border pixels are those of the linearised block too: one more Add
             in each merged block, and only where its size is fixed and 1x1 layers alone come before its padding.
         spans: up to how many consecutive blocks one form may replace; only where forms are fitted to images.
@@ -86,6 +89,7 @@ class Options:
     reestimate: bool = True
     refit: bool = True
     reconstruct_steps: int = 0
+    rejoin: bool = False
     exact_borders: bool = False
     spans: int = 1
     ridge: float = RIDGE
@@ -284,6 +288,9 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
         if options.reconstruct_steps and images is not None:
             merged, note = _reconstructed(model, merged, images, options, progress)
             notes = (*notes, note)
+        if options.rejoin:
+            merged, joined = rejoined(merged)
+            notes = (*notes, f"merged again into single layers: {', '.join(joined) or 'none, nothing would cost less'}")
         if images is not None and gives_classes(model):
             agreement = 1.0 - agreement_drop(*held_out_outputs(model, merged.model, images))
     worse = [block.name for block in merged.blocks if block.r2 is not None and block.r2 < 0]
@@ -458,7 +465,7 @@ def merge(
         else:
             given = maps_of_plan(blocks, plan, None, start, exact_borders=options.exact_borders)
             merged = _merge_with_images(blocks, choices, images, options, progress, fitted=given)
-    return merged.model
+    return (rejoined(merged)[0] if options.rejoin else merged).model
 
 
 def _started(options: Options | None, calibration: Any, default: Start = "gaussian") -> tuple[Options, Start]:

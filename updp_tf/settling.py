@@ -61,7 +61,7 @@ def merged_student(student: Any) -> tuple[Any, float]:
     for node in blends_of(graph):
         graph = _settled(graph, node.name)
     model = build_model(_alive(_renamed(graph)), name=student.name)
-    return model, _require_equal(student, model)
+    return model, require_equal(student, model)
 
 
 def _composed(graph: ModelGraph, layer: Blend) -> ModelGraph:
@@ -227,20 +227,24 @@ def _alive(graph: ModelGraph) -> ModelGraph:
     return replace(graph, nodes=tuple(node for node in graph if node.name in needed or node.is_input))
 
 
-def _require_equal(student: Any, model: Any) -> float:
-    """Return the largest relative error of a merged model against its student on probe inputs."""
+def require_equal(before: Any, model: Any) -> float:
+    """Return the largest relative error of a merged model against what it was merged from, on probe inputs.
+
+    Raises:
+        MergeError: it does not compute the same.
+    """
     rng = np.random.default_rng(0)
     inputs = []
-    for tensor in student.inputs:
+    for tensor in before.inputs:
         shape = (2, *(axis or 32 for axis in tensor.shape[1:]))
         made = rng.normal(size=shape) if "float" in tensor.dtype else rng.integers(0, 256, size=shape)
         inputs.append(made.astype(tensor.dtype))
     wanted, have = (
         [as_float32(one) for one in keras.tree.flatten(net(inputs if len(inputs) > 1 else inputs[0], training=False))]
-        for net in (student, model)
+        for net in (before, model)
     )
     error = max(relative_error(one, other) for one, other in zip(have, wanted, strict=True))
-    half = any("16" in str(getattr(layer, "compute_dtype", "")) for layer in student.layers)
+    half = any("16" in str(getattr(layer, "compute_dtype", "")) for layer in before.layers)
     if not error <= (2e-2 if half else NETWORK_TOLERANCE):
-        raise MergeError(f"The merged '{student.name}' differs from its student by {error:.1e} (relative).")
+        raise MergeError(f"The merged '{before.name}' differs from what it was merged from by {error:.1e} (relative).")
     return error

@@ -281,6 +281,29 @@ def test_layers_that_do_not_compute_their_map_are_an_error(monkeypatch: pytest.M
         _merge_linear(_linear_model(bias=False), "conv3", "kept")
 
 
+def test_weights_that_cancel_may_round_as_float32_does() -> None:
+    """As fits to few images have them: the output is a thousandth of the products that it is the sum of."""
+    keras.utils.clear_session(free_memory=False)
+    inputs = keras.Input((9, 10, 4))
+    x = layers.Conv2D(4, 1, name="dependent")(inputs)
+    x = layers.Add(name="cancelling")([x, zoo.conv_norm(layers.ReLU()(zoo.conv_norm(x, 4)), 4)])
+    model = zoo.randomise(keras.Model(inputs, zoo.head(layers.ReLU()(x))))
+    weights = model.get_layer("dependent").get_weights()
+    for one in weights:
+        one[..., 2] = one[..., 0] + one[..., 1]
+    model.get_layer("dependent").set_weights(weights)
+    blocks = find_blocks(model)
+    block = blocks["cancelling"]
+    fitted = random_fit(block, np.random.default_rng(0), "pointwise")
+    (one,) = fitted.maps
+    cancels = np.zeros(one.kernel.shape)
+    cancels[:, :, :3] = 1e3 * np.array([1.0, 1.0, -1.0])[:, None]
+    fitted = replace(fitted, maps=(replace(one, kernel=one.kernel + cancels),))
+    choice = Choice("cancelling", "pointwise", "kept")
+    merged = merge_in_sequence(blocks, [choice], images_for(model), fitted={"cancelling": fitted})
+    assert merged.error <= NETWORK
+
+
 def test_a_network_that_writes_nan_is_an_error() -> None:
     model = _linear_model(bias=False)
     model.layers[-1].bias.assign(np.full(5, np.nan))
