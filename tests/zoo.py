@@ -485,6 +485,16 @@ def broadcast_add() -> keras.Model:
 
 
 @in_zoo
+def split_channels() -> keras.Model:
+    """A half of the channels passes by, the other one goes through residuals: the blocks of a YOLO detector."""
+    inputs, x = stem(8)
+    aside, x = keras.ops.split(x, 2, axis=-1)
+    y = layers.Add(name="first_add")([x, conv_norm(layers.ReLU()(conv_norm(x, 4)), 4)])
+    z = layers.Add(name="second_add")([y, conv_norm(layers.ReLU()(conv_norm(y, 4)), 4)])
+    return keras.Model(inputs, head(layers.Concatenate()([aside, x, y, z])), name="split_channels")
+
+
+@in_zoo
 def tokens() -> keras.Model:
     """Residuals on tensors that are no images: of rank 3 and of rank 2."""
     inputs, x = stem(6)

@@ -427,10 +427,11 @@ class _Finder:
         if entry_name is None:
             return refuse("single_entry", "its two paths start at different inputs of the model")
         members = self._members(join.inputs, entry_name)
-        if len(self.graph.by_name[entry_name].shapes) > 1:
-            return refuse("single_entry", f"its paths start at different outputs of '{entry_name}'")
-        entry = Ref(entry_name)
         inside = {*members, join.name}
+        starts = {ref for name in inside for ref in self.graph.by_name[name].inputs if ref.node == entry_name}
+        if len(starts) > 1:
+            return refuse("single_entry", f"its paths start at different outputs of '{entry_name}'")
+        (entry,) = starts
         if (leak := self._leak(members, inside)) is not None:
             return refuse("single_exit", leak)
         shapes = [self.graph.shape(ref) for ref in join.inputs]

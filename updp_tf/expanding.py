@@ -227,13 +227,17 @@ class _Expansion:
     # Its new calls
 
     def _add(self, layer: Any, refs: Sequence[Ref], ring: Pads) -> Ref:
-        by_name = {node.name: node for node in self.nodes}
-        shapes = [by_name[ref.node].shapes[ref.index] if ref.node in by_name else self.graph.shape(ref) for ref in refs]
+        shapes = [self._shape(ref) for ref in refs]
         node = self.surgeon.node(layer, refs, shapes, self.surgeon.original.dtype(self.block.exit))
         self.nodes.append(node)
         if any(ring):
             self.rings[node.name] = ring
         return Ref(node.name)
+
+    def _shape(self, ref: Ref) -> Shape:
+        """Return the shape that a tensor has now, its ring included."""
+        made = next((node for node in self.nodes if node.name == ref.node), None)
+        return self.graph.shape(ref) if made is None else made.shapes[ref.index]
 
     def _blend_options(self, node: Node) -> dict[str, Any]:
         return {**self.options, "name": f"{node.name}_blend", "dtype": self.policy}
@@ -259,7 +263,7 @@ class _Expansion:
             self.read[Ref(node.name)] = read
             return
         elif maps:
-            added = self._add(self._linear(node), (read,), ring_after)
+            added = self._add(self._linear(node, self._shape(read)), (read,), ring_after)
         elif node.kind == "BatchNormalization":
             added = self._add(self._batch_norm(node, ring), (read,), ring_after)
         elif node.kind in rules.NORMS:
@@ -269,9 +273,9 @@ class _Expansion:
             added = self._add(layer, (read,), ring_after)
         self.read[Ref(node.name)] = added
 
-    def _linear(self, node: Node) -> Any:
+    def _linear(self, node: Node, shape: Shape) -> Any:
         change = {"padding": "valid"} if self.moves and "padding" in node.layer.get_config() else {}
-        layer = clone_layer(node.layer, node.name, input_shape=self.graph.shape(node.inputs[0]), **change)
+        layer = clone_layer(node.layer, node.name, input_shape=shape, **change)
         if node.name not in self.tapped:
             return layer
         return TapsBlend(layer, **self._blend_options(node))

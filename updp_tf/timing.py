@@ -274,9 +274,11 @@ def _require_fixed_sizes(blocks: Blocks) -> None:
 
 def _model(graph: ModelGraph, block: Block, nodes: Sequence[Node], exit: Ref) -> Any:
     """Return calls between a block's entry and its exit as a Keras model."""
-    entry = block.entry
-    source = replace(graph.by_name[entry.node], layer=None, kind="InputLayer", args=(), kwargs={})
-    return build_model(ModelGraph("part", (source, *nodes), inputs=entry, outputs=exit))
+    entry = Ref(block.entry.node)  # the call in front may write more tensors, of which the block reads one
+    source = Node(entry.node, None, "InputLayer", (), {}, (block.entry_shape,), (graph.dtype(block.entry),))
+    swap = lambda ref: entry if ref == block.entry else ref  # noqa: E731
+    inside = [replace(one, args=map_refs(one.args, swap), kwargs=map_refs(dict(one.kwargs), swap)) for one in nodes]
+    return build_model(ModelGraph("part", (source, *inside), inputs=entry, outputs=swap(exit)))
 
 
 def _digest(nodes: Sequence[Node], entry: Ref | None) -> str:

@@ -104,6 +104,7 @@ FOUND = {
         [("batch_normalization_1", "none", 5, 1), ("conv2d_3", "none", 17, 1)],
         {"one_channel": "same_shape", "one_pixel": "same_shape"},
     ),
+    "split_channels": ([("first_add", "identity", 5, 1), ("second_add", "identity", 5, 1)], {}),
     "tokens": ([("rank3", "identity", 1, 1), ("rank2", "identity", 1, 1)], {}),
     "training_flags": (
         [

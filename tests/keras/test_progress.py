@@ -10,7 +10,9 @@ import updp_tf
 from tests import zoo
 from updp_tf.blocks import network_cost, prepared_graph
 from updp_tf.errors import CalibrationError, MergeError, PlanError, ScheduleError
+from updp_tf.graph import fingerprint, weights_hash
 from updp_tf.layers import BorderRing, TapsBlend
+from updp_tf.planning import Edit, Plan
 from updp_tf.training import blend_layers
 
 DENSE, SEPARABLE = ("conv3", "conv5", "pointwise"), ("separable3", "separable7", "pointwise")
@@ -67,6 +69,7 @@ EXPANDED = {
     "two_branches": (DENSE, 2),
     "dropout_and_noise": (DENSE, 1),
     "half": (DENSE, 2),
+    "split_channels": (DENSE, 2),
 }
 
 
@@ -105,6 +108,26 @@ def test_both_ends_of_every_kind_of_block(name, mode):
     assert not list(blend_layers(small))
     assert all(type(layer).__module__.startswith("keras") for layer in small.layers)
     assert network_cost(prepared_graph(small)).macs <= network_cost(prepared_graph(model)).macs
+
+
+def test_a_kernel_larger_than_the_image_is_expanded():
+    """Found on EfficientNetB0: without its padding, which moves to the front, 5x5 does not fit into 4x4 pixels."""
+    inputs = keras.Input((4, 4, 6))
+    y = keras.layers.ReLU()(zoo.conv_norm(inputs, 12, 1))
+    y = keras.layers.BatchNormalization()(keras.layers.DepthwiseConv2D(5, padding="same", use_bias=False)(y))
+    x = keras.layers.Add()([inputs, zoo.conv_norm(keras.layers.ReLU()(y), 6, 1)])
+    model = zoo.randomise(keras.Model(inputs, zoo.head(keras.layers.ReLU()(x))))
+    x = zoo.inputs_of(model, n=60)
+    (block,) = updp_tf.find_blocks(model)
+    edit = Edit((block.name,), block.nodes, "conv5", {"skip": "kept"})
+    graph = prepared_graph(model)
+    plan = Plan(fingerprint(graph), model.name, (edit,), weights=weights_hash(graph))
+    schedule = updp_tf.Schedule(total_steps=TOTAL)
+    student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", schedule=schedule, verbose=False)
+    assert [one.mode for one in student.blending] == ["expanded"]
+    np.testing.assert_array_equal(outputs(student, x[:3])[0], outputs(model, x[:3])[0])
+    small = updp_tf.merge(finish(student))
+    np.testing.assert_allclose(outputs(small, x[:3])[0], outputs(student, x[:3])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_form_that_the_layers_do_not_compose_to_is_blended_whole_and_says_why():

@@ -94,7 +94,9 @@ def test_blocks_that_do_other_work_have_other_keys(change):
     assert keys[0] != keys[1]
 
 
-@pytest.mark.parametrize("name", ["residual", "bottlenecks", "inverted_residuals", "tokens", "squeeze_excite"])
+@pytest.mark.parametrize(
+    "name", ["residual", "bottlenecks", "inverted_residuals", "tokens", "squeeze_excite", "split_channels"]
+)
 def test_what_is_timed_is_what_would_be_merged(name):
     """A sketch has the shapes, MACs and parameters that its form says, and a kept block those of the block."""
     blocks = find_blocks(zoo.shared(name))
