@@ -53,6 +53,7 @@ def test_blocks_of_the_backbone_are_merged_and_its_pyramid_stays(pruned):
     assert {name: tensor.shape for name, tensor in small.output.items()} == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["float32", "int8"])
 def test_the_file_runs(pruned, tmp_path: Path, quantize: str):
     """Both outputs, in the interpreter, against Keras."""
