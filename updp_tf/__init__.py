@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from updp_tf.learning import Learned
     from updp_tf.measuring import estimate_latency, measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
-    from updp_tf.narrowing import NarrowingReport, narrow
+    from updp_tf.narrowing import Width, narrow
     from updp_tf.planning import Plan
     from updp_tf.progress import linearize, progressive
     from updp_tf.pruning import Options, merge, prune, search
-    from updp_tf.reporting import PruningReport, summary
+    from updp_tf.reporting import NarrowingReport, PruningReport, summary
     from updp_tf.rules import Unsupported, register_activation, register_linear
     from updp_tf.runs import RunDir, RunWarning
     from updp_tf.schedule import Schedule
@@ -83,7 +83,8 @@ _MODULE_BY_NAME = {
     "fold_norms": "mending",
     "reestimate_norms": "mending",
     "refit": "mending",
-    "NarrowingReport": "narrowing",
+    "NarrowingReport": "reporting",
+    "Width": "narrowing",
     "narrow": "narrowing",
     "Plan": "planning",
     "linearize": "progress",
@@ -149,6 +150,7 @@ __all__ = [
     "TrainingError",
     "Unsupported",
     "UpdpError",
+    "Width",
     "estimate_latency",
     "find_blocks",
     "fold_norms",

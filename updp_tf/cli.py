@@ -212,6 +212,12 @@ def prune(
         str, typer.Option(help="How to search: additive, exact (measures plans on images), genetic, random, uniform.")
     ] = "additive",
     latency: Table = None,
+    width: Annotated[
+        bool, typer.Option("--width", help="Cut channels as well; how much of the saving is whose is tried on images.")
+    ] = False,
+    round_to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --width: layers keep a multiple of so many channels.")
+    ] = 8,
     train: Annotated[
         str | None,
         typer.Option(metavar="FILE.npy", help="Train the result on these images, with the original as the teacher."),
@@ -232,7 +238,7 @@ def prune(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Merge blocks of a model into single layers, and train the result where there are images for it."""
+    """Merge blocks of a model into single layers, cut channels where asked, and train the result where there are images for it."""
     limits = numbers(budget or [], "--budget") or None
     drops = numbers([max_drop], "--max-drop") if max_drop is not None else None
     require_keras_output(output, model)
@@ -257,6 +263,7 @@ def prune(
             forms=form or None,
             method=method,
             latency=latency,
+            width=updp_tf.Width(round_to=round_to) if width else False,
             train=data,
             training=None if data is None else updp_tf.Training(epochs=epochs, batch_size=batch_size, mode=mode.value),
             run_dir=run_dir,

@@ -6,10 +6,9 @@ images, norms are renewed and the layer that closes each block is refitted, in s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,72 +16,58 @@ from updp_tf.blocks import find_blocks_in, network_cost, prepared_graph
 from updp_tf.console import shown
 from updp_tf.cost import Budget, readable
 from updp_tf.errors import BudgetError, ModelError
+from updp_tf.expansions import expand
 from updp_tf.graph import build_model, read_graph
 from updp_tf.isomorphic.cutting import cut_units, kept_of, resized_graph
 from updp_tf.isomorphic.dependency import Dependencies, Group, find_dependencies
 from updp_tf.isomorphic.gradients import gradient_statistics
 from updp_tf.isomorphic.importance import IMPORTANCES, Importance, group_scores, single_input
-from updp_tf.isomorphic.scopes import SCOPES, Scope, choose_units
+from updp_tf.isomorphic.scopes import SCOPES, Scope, choose_units, scope_key
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, image_batches
 from updp_tf.refitting import Refitted, refit_closing_layer
-from updp_tf.structure import Block, Cost, ModelGraph, Node, Refusal
-from updp_tf.walking import Progress, Tensors, Walk, one_blas_thread, units
+from updp_tf.reporting import NarrowedGroup, NarrowingReport
+from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal
+from updp_tf.walking import Progress, Tensors, Unit, Walk, one_blas_thread, units
 
 BISECTIONS = 12
 """Halvings of the ratio while a budget is met: the ratio is known to one part in 4,096."""
 
+Allocation = Literal["ratio", "score"]
+
+ALLOCATIONS: tuple[Allocation, ...] = ("ratio", "score")
+
 
 @dataclass(frozen=True)
-class NarrowedGroup:
-    """What became of one group of channels.
+class Width:
+    """Which channels may go, and what ranks them.
 
     Attributes:
-        name: of the layer that makes them.
-        members: kinds and roles of the layers that go together.
-        before: units it had.
-        after: units it has.
+        scope: which channels share a ranking: those of `isomorphic` groups, `global` all, `local` those of a group.
+        importance: `l1`, `l2`, `activation`, `taylor`, `hessian` or `random`.
+        allocation: under a budget, every scope gives the same part of its channels (`ratio`), or those go first
+            whose score is least for what they save (`score`).
+        round_to: every group keeps a multiple of so many channels, and at least so many; heads are not rounded.
+        streams: cut residual streams, too.
+        ignore: names of layers whose own channels are kept.
     """
 
-    name: str
-    members: str
-    before: int
-    after: int
+    scope: Scope = "isomorphic"
+    importance: Importance = "l2"
+    allocation: Allocation = "ratio"
+    round_to: int = 8
+    streams: bool = False
+    ignore: Collection[str] = ()
 
-
-@dataclass(frozen=True, eq=False)
-class NarrowingReport:
-    """What `narrow` did.
-
-    Attributes:
-        ratio: part of each scope's units that was asked to go.
-        scope: which groups shared a ranking.
-        importance: what ranked them.
-        groups: that could be cut, in topological order.
-        kept: what could not be cut, and why.
-        before: cost of the original.
-        after: cost of the narrowed network.
-        refitted: layers that were refitted, with the ridge that held-out images chose.
-    """
-
-    ratio: float
-    scope: str
-    importance: str
-    groups: tuple[NarrowedGroup, ...]
-    kept: tuple[Refusal, ...]
-    before: Cost
-    after: Cost
-    refitted: Mapping[str, float]
-
-    def __str__(self) -> str:
-        changed = [group for group in self.groups if group.after < group.before]
-        lines = [
-            f"{len(changed)} of {len(self.groups)} groups narrowed ({self.importance}, {self.scope}, "
-            f"ratio {self.ratio:.3f}): MACs {readable(self.before.macs, 'macs')} -> "
-            f"{readable(self.after.macs, 'macs')}, parameters {self.before.params:,} -> {self.after.params:,}",
-            *(f"  {group.name}: {group.before} -> {group.after}" for group in changed),
-            *(f"  kept  {refusal}" for refusal in self.kept),
-        ]
-        return "\n".join(lines)
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("scope", self.scope, SCOPES),
+            ("importance", self.importance, IMPORTANCES),
+            ("allocation", self.allocation, ALLOCATIONS),
+        ):
+            if value not in known:
+                raise BudgetError(f"`{name}` is one of {', '.join(known)}. Received: {value!r}.")
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise BudgetError(f"`round_to` is a whole number, 1 or more. Received: {self.round_to!r}.")
 
 
 def narrow(
@@ -94,6 +79,7 @@ def narrow(
     labels: Any = None,
     scope: Scope = "isomorphic",
     importance: Importance = "l2",
+    allocation: Allocation = "ratio",
     round_to: int = 8,
     streams: bool = False,
     ignore: Collection[str] = (),
@@ -115,9 +101,10 @@ def narrow(
         calibration: images as the model reads them. With them, norms are renewed and closing layers refitted;
             `activation`, `taylor` and `hessian` need them.
         labels: of the images, for gradients by the loss the model was compiled with; its own answers where None.
-        scope: which channels share a ranking: those of `isomorphic` groups, `global` all, `local` those of a group.
-        importance: `l1`, `l2`, `activation`, `taylor`, `hessian` or `random`.
-        round_to: every group keeps a multiple of so many channels, and at least so many; heads are not rounded.
+        scope: as in `Width`, like the next five.
+        importance: what ranks channels.
+        allocation: how much each scope gives under a budget.
+        round_to: what every group keeps a multiple of.
         streams: cut residual streams, too.
         ignore: names of layers whose own channels are kept.
         steps: cut in so many steps, scored anew before each.
@@ -134,79 +121,217 @@ def narrow(
         CalibrationError: an importance that needs images without them.
         ModelError: a model that cannot be read, no channels that can be cut, unknown names, NaN gradients.
     """
-    limits = _checked(ratio, budget, scope, importance, round_to, steps)
-    original = prepared_graph(model) if calibration is not None else read_graph(model)
-    first = _cuttable(find_dependencies(original), streams, ignore)
+    width = Width(scope, importance, allocation, round_to, streams, tuple(ignore))
+    amount = _checked(ratio, budget, width, steps)
+    # composite layers hide channels; activations inside layers only matter to fits
+    graph = prepared_graph(model) if calibration is not None else expand(read_graph(model))
+    ranking = Ranking(width, None, labels, _loss_of(model, labels), seed)
+    if not ranking.cuttable(graph).groups:
+        raise ModelError(nothing_to_cut(graph, ranking))
+    images = None if calibration is None else _collected(graph, calibration)
+    with shown(verbose) as progress:
+        narrowed, report = narrow_graph(
+            graph,
+            amount,
+            replace(ranking, images=images),
+            steps=steps,
+            refit=refit,
+            memory_bytes=memory_bytes,
+            progress=progress,
+        )
+    small = build_model(narrowed)
+    small.narrowing = report
+    return small
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What ranks the channels of a network.
+
+    Attributes:
+        width: which channels may go, and by what they are ranked.
+        images: calibration images, or None.
+        labels: of the images, or None.
+        loss: that goes with the labels, or None.
+        seed: of what is drawn.
+    """
+
+    width: Width
+    images: np.ndarray | None
+    labels: Any = None
+    loss: Any = None
+    seed: int = 0
+
+    def cuttable(self, graph: ModelGraph) -> Dependencies:
+        """Return which channels of a graph go together, those that are left whole among the refusals."""
+        return _cuttable(find_dependencies(graph), self.width.streams, self.width.ignore)
+
+    def ranked(self, dependencies: Dependencies, *, counts: Mapping[str, int] | None = None, step: int = 1) -> Ranked:
+        """Score the channels of a network.
+
+        Args:
+            dependencies: of the network.
+            counts: channels that each group had before earlier steps, by name.
+            step: number of the step, from 1.
+        """
+        importance, gradients = self.width.importance, None
+        if importance in ("taylor", "hessian"):
+            gradients = gradient_statistics(
+                dependencies.graph, importance, self.images, self.labels, self.loss, seed=self.seed
+            )
+        scores = group_scores(
+            dependencies, importance, images=self.images, gradients=gradients, seed=self.seed + step - 1
+        )
+        counts = counts or {group.name: group.size for group in dependencies.groups}
+        return Ranked(dependencies, scores, self.width, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A network whose channels are ranked: how a ratio turns into a cut, and what the cut leaves.
+
+    Attributes:
+        dependencies: of the network.
+        scores: of the units of each group.
+        width: which channels share a ranking.
+        counts: units that each group had before earlier steps.
+        rates: of the scopes, as in `choose_units`.
+    """
+
+    dependencies: Dependencies
+    scores: Mapping[str, np.ndarray]
+    width: Width
+    counts: Mapping[str, int]
+    rates: Mapping[Hashable, float] | None = None
+
+    def cut(self, ratio: float) -> frozenset[int]:
+        """Return the units that go."""
+        return choose_units(
+            self.dependencies.groups,
+            self.scores,
+            ratio,
+            scope=self.width.scope,
+            round_to=self.width.round_to,
+            counts=self.counts,
+            rates=self.rates,
+        )
+
+    def outline(self, ratio: float) -> ModelGraph:
+        """Return a graph of the shapes that are left, to be counted and never run."""
+        return resized_graph(self.dependencies, self.cut(ratio))
+
+    def allocated(self, unit: str) -> Ranked:
+        """Return the same with one ranking for all scopes: by score over what is saved of a unit of `Cost`.
+
+        In a scope, units stay in the order of their scores. What a score of 1 is worth in it is the part of a group
+        that such a unit is, over what a unit of the scope saves on average.
+        """
+        groups = self.dependencies.groups
+        before = getattr(network_cost(self.dependencies.graph), unit)
+        by_scope: dict[Hashable, list[Group]] = {}
+        for group in groups:
+            by_scope.setdefault(scope_key(group, self.width.scope), []).append(group)
+        rates: dict[Hashable, float] = {}
+        for key, members in by_scope.items():
+            whole = choose_units(members, self.scores, 1.0, scope=self.width.scope, round_to=self.width.round_to)
+            saved = before - getattr(network_cost(resized_graph(self.dependencies, whole)), unit)
+            size = np.mean([group.size for group in members])
+            # what saves nothing goes last
+            rates[key] = float(len(whole) / (max(saved, 1) * size))
+        return replace(self, rates=rates)
+
+
+def narrow_graph(
+    graph: ModelGraph,
+    amount: float | Budget,
+    ranking: Ranking,
+    *,
+    original: Cost | None = None,
+    teacher: ModelGraph | None = None,
+    steps: int = 1,
+    refit: bool = True,
+    memory_bytes: int = DEFAULT_LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> tuple[ModelGraph, NarrowingReport]:
+    """Return a graph with fewer channels, mended where there are images, and what was done.
+
+    Args:
+        graph: to be narrowed; prepared for blocks to be found in it, where there are images.
+        amount: part of the channels that goes, or a budget.
+        ranking: of its channels.
+        original: cost that a budget's fractions are of; that of `graph` where None.
+        teacher: graph whose tensors of the same names closing layers are refitted to; `graph` where None.
+        steps: cut in so many steps.
+        refit: refit closing layers.
+        memory_bytes: activations beyond this go to disk.
+        progress: called after each part of the network.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        ModelError: no channels can be cut.
+    """
+    first = ranking.cuttable(graph)
     if not first.groups:
-        reasons = "; ".join(str(refusal) for refusal in first.boundaries[:5])
-        raise ModelError(f"'{model.name}' has no channels that can be cut: {reasons or 'no layer makes any'}.")
-    images = None if calibration is None else _collected(original, calibration)
+        raise ModelError(nothing_to_cut(graph, ranking))
     counts = {group.name: group.size for group in first.groups}
     widths = dict(counts)
-    before = network_cost(original)
-    graph, dependencies, last_ratio = original, first, 0.0
+    before = network_cost(graph)
+    narrowed, dependencies, last_ratio = graph, first, 0.0
     kept: dict[str, np.ndarray] = {}
     for step in range(1, steps + 1):
         if step > 1:
-            dependencies = _cuttable(find_dependencies(graph), streams, ignore)
-        gradients = None
-        if importance in ("taylor", "hessian"):
-            gradients = gradient_statistics(graph, importance, images, labels, _loss_of(model, labels), seed=seed)
-        scores = group_scores(dependencies, importance, images=images, gradients=gradients, seed=seed + step - 1)
-
-        choose = partial(choose_units, dependencies.groups, scores, scope=scope, round_to=round_to, counts=counts)
-
-        if limits is None:
-            last_ratio = (ratio or 0.0) * step / steps
+            dependencies = ranking.cuttable(narrowed)
+        ranked = ranking.ranked(dependencies, counts=counts, step=step)
+        if isinstance(amount, Budget):
+            if ranking.width.allocation == "score":
+                ranked = ranked.allocated(amount.unit)
+            last_ratio = ratio_within(ranked, amount, original or before, step / steps)
         else:
-            last_ratio = _ratio_within(dependencies, choose, limits, before, step / steps)
-        cut = choose(last_ratio)
+            last_ratio = amount * step / steps
+        cut = ranked.cut(last_ratio)
         widths |= {group.name: group.size - len(cut.intersection(group.units)) for group in dependencies.groups}
         for ref in dependencies.axes:
             here = kept_of(dependencies, ref, cut)
             kept[str(ref)] = kept[str(ref)][here] if str(ref) in kept else here
-        graph = cut_units(dependencies, cut)
+        narrowed = cut_units(dependencies, cut)
     refitted: dict[str, float] = {}
-    if images is not None:
-        with shown(verbose) as progress:
-            graph, refitted = _mended(
-                original, graph, kept, images, refit=refit, seed=seed, memory_bytes=memory_bytes, progress=progress
-            )
-    narrowed = build_model(graph)
-    narrowed.narrowing = NarrowingReport(
-        last_ratio,
-        scope,
-        importance,
-        tuple(
-            NarrowedGroup(group.name, str(group.signature), group.size, widths[group.name]) for group in first.groups
-        ),
-        first.boundaries,
-        before,
-        network_cost(graph),
-        refitted,
+    if ranking.images is not None:
+        mender = _Mender(teacher or graph, graph, narrowed, kept, refit, ranking.seed)
+        with Memory(memory_bytes) as memory, one_blas_thread():
+            narrowed, refitted = mender.run(ranking.images, memory, progress)
+    groups = tuple(
+        NarrowedGroup(group.name, str(group.signature), group.size, widths[group.name]) for group in first.groups
     )
-    return narrowed
+    width = ranking.width
+    report = NarrowingReport(
+        last_ratio, width.scope, width.importance, groups, first.boundaries, before, network_cost(narrowed), refitted
+    )
+    return narrowed, report
 
 
-def _checked(ratio: Any, budget: Any, scope: str, importance: str, round_to: int, steps: int) -> Budget | None:
+def nothing_to_cut(graph: ModelGraph, ranking: Ranking) -> str:
+    """Say why no channels of a graph can be cut."""
+    reasons = "; ".join(str(refusal) for refusal in ranking.cuttable(graph).boundaries[:5])
+    return f"'{graph.name}' has no channels that can be cut: {reasons or 'no layer makes any'}."
+
+
+def _checked(ratio: Any, budget: Any, width: Width, steps: int) -> float | Budget:
     if (ratio is None) == (budget is None):
         raise BudgetError("Give either `ratio`, the part of the channels that goes, or `budget`.")
-    if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio < 1):
+    if not isinstance(steps, int) or steps < 1:
+        raise BudgetError(f"`steps` is a whole number, 1 or more. Received: {steps!r}.")
+    if budget is not None:
+        limits = Budget.parse(budget)
+        if limits.merged is not None:
+            raise BudgetError("`narrow` merges no blocks: a budget of merged blocks is for `prune`.")
+        if limits.needs_table is not None:
+            raise BudgetError(f"A latency table knows no narrower layers: '{limits.needs_table}' is for `prune`.")
+        return limits
+    if not (isinstance(ratio, int | float) and 0 < ratio < 1):
         raise BudgetError(f"`ratio` is the part of the channels that goes, above 0 and below 1. Received: {ratio!r}.")
-    for name, value, known in (("scope", scope, SCOPES), ("importance", importance, IMPORTANCES)):
-        if value not in known:
-            raise BudgetError(f"`{name}` is one of {', '.join(known)}. Received: {value!r}.")
-    for name, number in (("round_to", round_to), ("steps", steps)):
-        if not isinstance(number, int) or number < 1:
-            raise BudgetError(f"`{name}` is a whole number, 1 or more. Received: {number!r}.")
-    if budget is None:
-        return None
-    limits = Budget.parse(budget)
-    if limits.merged is not None:
-        raise BudgetError("`narrow` merges no blocks: a budget of merged blocks is for `prune`.")
-    if limits.needs_table is not None:
-        raise BudgetError(f"A latency table knows no narrower layers: '{limits.needs_table}' is for `prune`.")
-    return limits
+    if width.allocation != "ratio":
+        raise BudgetError("With a `ratio` every scope gives the same part; `allocation` is for a `budget`.")
+    return float(ratio)
 
 
 def _collected(graph: ModelGraph, calibration: Any) -> np.ndarray:
@@ -247,16 +372,24 @@ def _cuttable(dependencies: Dependencies, streams: bool, ignore: Collection[str]
     return replace(dependencies, groups=tuple(groups), boundaries=(*dependencies.boundaries, *kept))
 
 
-def _ratio_within(
-    dependencies: Dependencies, choose: Callable[[float], frozenset[int]], limits: Budget, original: Cost, part: float
-) -> float:
-    """Return the smallest ratio whose cost is within the limits, or the given part of the way to them."""
+def ratio_within(ranked: Ranked, limits: Budget, original: Cost, part: float = 1.0) -> float:
+    """Return the smallest ratio whose cost is within the limits, or the given part of the way to them.
+
+    Args:
+        ranked: channels of the network.
+        limits: on resources.
+        original: cost that fractions are of.
+        part: of the way, in logarithms.
+
+    Raises:
+        BudgetError: the limits cannot be met.
+    """
     costs: dict[frozenset[int], Cost] = {}
 
     def cost(ratio: float) -> Cost:
-        cut = choose(ratio)
+        cut = ranked.cut(ratio)
         if cut not in costs:
-            costs[cut] = network_cost(resized_graph(dependencies, cut))
+            costs[cut] = network_cost(resized_graph(ranked.dependencies, cut))
         return costs[cut]
 
     bounds = {
@@ -279,67 +412,94 @@ def _ratio_within(
     return high
 
 
-def _mended(
-    original: ModelGraph,
-    narrowed: ModelGraph,
-    kept: Mapping[str, np.ndarray],
-    images: Any,
-    *,
-    refit: bool,
-    seed: int,
-    memory_bytes: int,
-    progress: Progress | None,
-) -> tuple[ModelGraph, dict[str, float]]:
-    """Renew the norms and refit the closing layers of a narrowed graph, in sequence along it.
+@dataclass(frozen=True, eq=False)
+class _Mender:
+    """Renews the norms and refits the closing layers of a narrowed graph, in sequence along it.
 
-    Args:
-        original: the teacher.
-        narrowed: the student: calls of the same names.
+    Attributes:
+        teacher: whose tensors are refitted to.
+        whole: the graph as it was before it was narrowed: calls and blocks of the same names.
+        narrowed: the student.
         kept: indices of the last axis of each tensor that the student still has, by the tensor's name.
-        images: calibration data.
         refit: refit closing layers, not norms alone.
         seed: of the sampled positions.
-        memory_bytes: activations beyond this go to disk.
-        progress: called after each part of the network.
     """
-    own: dict[str, Node] = {}
-    refitted: dict[str, float] = {}
-    with Memory(memory_bytes) as memory, one_blas_thread():
-        teacher_walk = Walk(original, images, memory)
-        student_walk = Walk(narrowed, teacher_walk.images, memory)
-        blocks = find_blocks_in(original)
-        parts = units(original, blocks)
-        teacher, student = teacher_walk.start(), student_walk.start()
+
+    teacher: ModelGraph
+    whole: ModelGraph
+    narrowed: ModelGraph
+    kept: Mapping[str, np.ndarray]
+    refit: bool
+    seed: int
+
+    def run(self, images: np.ndarray, memory: Memory, progress: Progress | None) -> tuple[ModelGraph, dict[str, float]]:
+        """Return the mended graph, and the refitted layers with the ridge that held-out images chose."""
+        own: dict[str, Node] = {}
+        refitted: dict[str, float] = {}
+        walk = Walk(self.narrowed, images, memory)
+        parts = units(self.whole, find_blocks_in(self.whole))
+        exits = [part.block.exit for part in parts if part.block is not None]
+        targets = _Targets(Walk(self.teacher, walk.images, memory), exits if self.refit else ())
+        student = walk.start()
         for index, part in enumerate(parts):
-            if refit:
-                theirs = [original.by_name[name] for name in part.nodes]
-                teacher |= teacher_walk.run(theirs, {ref: ref for ref in part.writes}, teacher)
-            nodes = student_walk.renew_norms([narrowed.by_name[name] for name in part.nodes], student)
-            if refit and part.block is not None:
-                found = _refitted(student_walk, part.block, nodes, teacher, student, kept, seed)
+            nodes = walk.renew_norms([self.narrowed.by_name[name] for name in part.nodes], student)
+            wanted = None if part.block is None else targets.take(part.block.exit)
+            if part.block is not None and wanted is not None:
+                found = self._refitted(walk, part.block, nodes, wanted, student)
                 if found is not None:
-                    student_walk.forget_behind(nodes, found.nodes, student)
+                    walk.forget_behind(nodes, found.nodes, student)
                     nodes = list(found.nodes)
                     refitted[found.layer] = found.ridge
             own |= {node.name: node for node in nodes}
-            student |= student_walk.run(nodes, {ref: ref for ref in part.writes}, student)
-            student_walk.release(parts[index + 1 :], teacher, student)
+            student |= walk.run(nodes, {ref: ref for ref in part.writes}, student)
+            walk.release(parts[index + 1 :], student)
             if progress is not None:
                 progress(index + 1, len(parts), f"mend {part.name}")
-    return replace(narrowed, nodes=tuple(own.get(node.name, node) for node in narrowed)), refitted
+        nodes_now = tuple(own.get(node.name, node) for node in self.narrowed)
+        return replace(self.narrowed, nodes=nodes_now), refitted
+
+    def _refitted(
+        self, walk: Walk, block: Block, nodes: list[Node], wanted: np.ndarray, student: Tensors
+    ) -> Refitted | None:
+        here = self.kept[str(block.exit)]
+        if len(here) < wanted.shape[-1]:
+            wanted = wanted[..., here]
+        return refit_closing_layer(walk, block, nodes, wanted, student, seed=self.seed)
 
 
-def _refitted(
-    walk: Walk,
-    block: Block,
-    nodes: list[Node],
-    teacher: Tensors,
-    student: Tensors,
-    kept: Mapping[str, np.ndarray],
-    seed: int,
-) -> Refitted | None:
-    wanted = teacher[block.exit]
-    here = kept[str(block.exit)]
-    if len(here) < wanted.shape[-1]:
-        wanted = wanted[..., here]
-    return refit_closing_layer(walk, block, nodes, wanted, student, seed=seed)
+class _Targets:
+    """Tensors of a teacher, computed as they are asked for.
+
+    Args:
+        walk: over the teacher's graph.
+        wanted: tensors that will be asked for, in topological order; those that the teacher does not have are None.
+    """
+
+    def __init__(self, walk: Walk, wanted: Iterable[Ref]) -> None:
+        graph = walk.graph
+        self._walk = walk
+        self._wanted = dict.fromkeys(ref for ref in wanted if ref.node in graph.by_name)
+        self._parts = list(units(graph, find_blocks_in(graph)))
+        self._tensors = walk.start()
+
+    def take(self, ref: Ref) -> np.ndarray | None:
+        """Return a tensor; what was returned before is gone then."""
+        if ref not in self._wanted:
+            return None
+        self._forget()
+        while ref not in self._tensors:
+            self._advance()
+        del self._wanted[ref]
+        return self._tensors[ref]
+
+    def _advance(self) -> None:
+        part = self._parts.pop(0)
+        nodes = [self._walk.graph.by_name[name] for name in part.nodes]
+        inside = set(part.nodes)
+        refs = dict.fromkeys((*part.writes, *(ref for ref in self._wanted if ref.node in inside)))
+        self._tensors |= self._walk.run(nodes, {ref: ref for ref in refs}, self._tensors)
+        self._forget()
+
+    def _forget(self) -> None:
+        still = Unit((), None, tuple(self._wanted), ())
+        self._walk.release((*self._parts, still), self._tensors)

@@ -24,15 +24,16 @@ from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, load_model, weights_hash
-from updp_tf.judging import Judge, ScoreFn
+from updp_tf.judging import Judge, ScoreFn, divergence
 from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
+from updp_tf.narrowing import Ranking, Width
 from updp_tf.partitioning import Solution
 from updp_tf.planning import Edit, Plan
 from updp_tf.reconstructing import reconstruct
 from updp_tf.rejoining import rejoined
-from updp_tf.reporting import PruningReport, scored_blocks
+from updp_tf.reporting import NarrowingReport, PruningReport, scored_blocks
 from updp_tf.runs import RunDir
 from updp_tf.scoring import (
     FormCost,
@@ -46,6 +47,7 @@ from updp_tf.scoring import (
 )
 from updp_tf.searching import SearchReport, Space
 from updp_tf.settling import merged_student
+from updp_tf.sharing import share_budget
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, block_name
 from updp_tf.timing import with_latencies
@@ -113,6 +115,7 @@ def prune(
     validation: Iterable[Any] | None = None,
     training: Training | None = None,
     run_dir: str | os.PathLike[str] | None = None,
+    width: Width | bool = False,
     options: Options | None = None,
     verbose: bool = True,
 ) -> Any:
@@ -144,6 +147,9 @@ def prune(
         training: how it is trained; `Training()` where None.
         run_dir: folder that keeps every stage, checkpoints and the log: a call that was stopped, however, is continued
             by the same call.
+        width: cut channels as well: how much of the saving is depth's and how much width's is tried out on held-out
+            images, half of the way each where there are none. `Width(...)` says which channels may go. For budgets
+            that need no latency table, and with the `additive` method.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 
@@ -163,9 +169,11 @@ def prune(
     """
     if train is None and (validation, training, run_dir) != (None, None, None):
         raise TrainingError("`validation`, `training` and `run_dir` belong to a training: give `train` as well.")
-    ask = _Ask(
-        model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, *_started(options, calibration)
-    )
+    widths = (Width() if width else None) if isinstance(width, bool) else width
+    started = _started(options, calibration)
+    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, widths, *started)
+    if widths is not None:
+        _require_depth_and_width_go_together(ask, training)
     if train is not None:
         return _prune_and_train(ask, calibration, train, validation, training or Training(), run_dir, verbose)
     return _prune_at_once(ask, calibration, verbose)[0]
@@ -184,6 +192,7 @@ class _Ask:
     method: str | Method
     judge: Measures | None
     latency: LatencyTable | str | os.PathLike[str] | None
+    width: Width | None
     options: Options
     start: Start
 
@@ -202,6 +211,7 @@ class _Ask:
             "method": str(self.method),
             "judge": None if self.judge is None else f"{self.judge.measure} on {self.judge.n_images} images",
             "latency": None if self.latency is None else str(self.latency),
+            "width": None if self.width is None else asdict(self.width),
             "options": asdict(self.options),
         }
 
@@ -276,10 +286,13 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
     way = method_of(ask.method)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
+    narrowing: NarrowingReport | None = None
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), ask.keep, ask.forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, ask.judge, score_fn, options) as measures:
-            if limit is not None:
+            if ask.width is not None:
+                found, merged, narrowing, notes = _shared(ask, ask.width, blocks, scores, images, progress)
+            elif limit is not None:
                 found, merged = _from_accuracy(model, blocks, scores, images, limit, way, measures, options, progress)
             else:
                 found = _choose(blocks, scores, images, budget, way, measures, progress)
@@ -309,10 +322,56 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
         notes=notes,
         search=found.report,
         network=scored_blocks(blocks, scores.candidates),
+        narrowing=narrowing,
     )
     merged.model.pruning = report
     with_arrays = replace(plan, edits=tuple(replace(edit, arrays=block_name(edit.blocks)) for edit in plan.edits))
     return merged.model, with_arrays, _arrays(with_arrays, merged.fitted)
+
+
+def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -> None:
+    """Refuse what is defined for depth alone."""
+    if ask.max_drop is not None:
+        raise BudgetError("With width, give a `budget`: `max_drop` searches depth alone.")
+    if method_of(ask.method).name != "additive" or ask.judge is not None:
+        raise BudgetError("With width, plans are found by the `additive` method; splits are measured, plans are not.")
+    if ask.latency is not None or (needed := _parsed(ask.budget).needs_table) is not None:
+        told = "`latency`" if ask.latency is not None else f"'{needed}'"
+        raise BudgetError(f"A latency table knows no narrower layers: {told} does not go with width.")
+    if ask.options.reconstruct_steps:
+        raise BudgetError("With width, fitted layers are not reconstructed: leave `reconstruct_steps` at 0.")
+    if training is not None and training.mode != "direct":
+        raise TrainingError(f"With width, the pruned network is trained at once: mode='direct', not {training.mode!r}.")
+
+
+def _shared(
+    ask: _Ask, width: Width, blocks: Blocks, scores: Scores, images: np.ndarray | None, progress: Progress | None
+) -> tuple[Found, Merged, NarrowingReport | None, tuple[str, ...]]:
+    """Share the budget between depth and width, and return the best split and what was tried."""
+    options = ask.options
+
+    def loss(small: Any) -> float:
+        want, have = held_out_outputs(ask.model, small, cast(np.ndarray, images))
+        if ask.score_fn is not None:
+            return float(ask.score_fn(want, have))
+        pairs = zip(keras.tree.flatten(want), keras.tree.flatten(have), strict=True)
+        return float(sum(divergence(one, other) for one, other in pairs))
+
+    splits = share_budget(
+        blocks,
+        scores.candidates,
+        _parsed(ask.budget),
+        Ranking(width, images, seed=options.seed),
+        merge=lambda chosen: _merge(blocks, chosen, images, scores, options, progress),
+        loss=loss if images is not None and Sampler(len(images)).holds_out else None,
+        refit=options.refit,
+        memory_bytes=options.memory_bytes,
+        progress=progress,
+    )
+    best = splits[0]
+    notes = tuple(f"{'taken' if one is best else 'tried'}: {one}" for one in splits)
+    found = Found(best.solution, SearchReport("additive"), "channels were cut as well, which this plan does not hold")
+    return found, replace(best.merged, model=best.model), best.narrowing, notes
 
 
 def search(

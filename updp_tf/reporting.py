@@ -10,6 +10,7 @@ from typing import Any
 import dacite
 
 from updp_tf.blocks import Blocks, network_cost, prepared_graph
+from updp_tf.cost import readable
 from updp_tf.merging import MergedBlock
 from updp_tf.planning import Plan
 from updp_tf.searching import SearchReport
@@ -79,6 +80,72 @@ def scored_blocks(blocks: Blocks, candidates: Iterable[Candidate]) -> tuple[Scor
     )
 
 
+@dataclass(frozen=True)
+class NarrowedGroup:
+    """What became of one group of channels.
+
+    Attributes:
+        name: of the layer that makes them.
+        members: kinds and roles of the layers that go together.
+        before: units it had.
+        after: units it has.
+    """
+
+    name: str
+    members: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowingReport:
+    """What `narrow` did.
+
+    Attributes:
+        ratio: part of each scope's units that was asked to go.
+        scope: which groups shared a ranking.
+        importance: what ranked them.
+        groups: that could be cut, in topological order.
+        kept: what could not be cut, and why.
+        before: cost of the original.
+        after: cost of the narrowed network.
+        refitted: layers that were refitted, with the ridge that held-out images chose.
+    """
+
+    ratio: float
+    scope: str
+    importance: str
+    groups: tuple[NarrowedGroup, ...]
+    kept: tuple[Refusal, ...]
+    before: Cost
+    after: Cost
+    refitted: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "ratio": self.ratio,
+            "scope": self.scope,
+            "importance": self.importance,
+            "groups": [asdict(group) for group in self.groups],
+            "kept": [asdict(refusal) for refusal in self.kept],
+            "before": self.before.as_json(),
+            "after": self.after.as_json(),
+            "refitted": dict(self.refitted),
+        }
+
+    def __str__(self) -> str:
+        changed = [group for group in self.groups if group.after < group.before]
+        lines = [
+            f"{len(changed)} of {len(self.groups)} groups narrowed ({self.importance}, {self.scope}, "
+            f"ratio {self.ratio:.3f}): MACs {readable(self.before.macs, 'macs')} -> "
+            f"{readable(self.after.macs, 'macs')}, parameters {self.before.params:,} -> {self.after.params:,}",
+            *(f"  {group.name}: {group.before} -> {group.after}" for group in changed),
+            *(f"  kept  {refusal}" for refusal in self.kept),
+        ]
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, eq=False)
 class PruningReport:
     """What `prune` did; hangs on the model it returns as `model.pruning`.
@@ -95,6 +162,7 @@ class PruningReport:
         notes: sentences for people.
         search: what the search for the plan looked at.
         network: every block in order, and the forms that were scored for it.
+        narrowing: what became of the channels of the merged network, None where they were left alone.
     """
 
     plan: Plan
@@ -108,6 +176,7 @@ class PruningReport:
     notes: tuple[str, ...]
     search: SearchReport
     network: tuple[ScoredBlock, ...] = ()
+    narrowing: NarrowingReport | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -123,6 +192,7 @@ class PruningReport:
             "notes": list(self.notes),
             "search": self.search.as_json(),
             "network": [block.as_json() for block in self.network],
+            "narrowing": None if self.narrowing is None else self.narrowing.as_json(),
         }
 
     def to_json(self) -> str:
@@ -148,6 +218,8 @@ class PruningReport:
             )
         if self.agreement is not None:
             lines.append(f"  same class as the original on {100 * self.agreement:.1f} % of held-out calibration images")
+        if self.narrowing is not None:
+            lines += [f"  {line}" for line in str(self.narrowing).splitlines() if not line.startswith("  kept")]
         if self.search.measured:
             lines.append(f"  {self.search}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

@@ -93,6 +93,7 @@ def ran(files, pruned):
         "train": prune("trained", *images, *training, "--labels", files.y, "--run-dir", folder / "trained", "--json"),
         "train again": prune("again", *images, *training, "--labels", files.y, "--run-dir", folder / "trained"),
         "prune without images": prune("gaussian", "--form", "conv3"),
+        "prune width": prune("both", "--width", "--round-to", "4", "--budget", "macs=0.4", "--json"),
         "latency": ["latency", model, "-o", table, *forms, "--max-seconds", "3", "--networks", "0", "--json"],
         "no row": prune("b6", *images, "--form", "pointwise", "--latency", table),
         "sweep": [
@@ -242,6 +243,14 @@ def test_without_images_the_blocks_own_norms_are_used(ran):
     done = ran["prune without images"]
     assert done.code == 0, done.err
     assert "linearized" in done.out
+
+
+def test_depth_and_width_share_a_budget(ran):
+    done = ran["prune width"]
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["after"]["macs"] <= 0.4 * found["before"]["macs"]
+    assert {group["after"] % 4 for group in found["narrowing"]["groups"]} == {0}
 
 
 # --- the other commands ----------------------------------------------------------------------------------------------

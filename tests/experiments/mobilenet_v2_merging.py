@@ -180,7 +180,7 @@ def latency() -> None:
                 def row(one=one, result=result, file=file) -> dict[str, object]:
                     found = tflite_export.evaluate(file.path, data.images, data.labels)
                     extra = {"top1": f"{found.top1:.4f}", "n_images": found.n, "float_tensors": len(file.float_tensors)}
-                    return latency_row(one, result) | extra
+                    return {"macs": macs_of(one), **latency_row(result)} | extra
 
                 records.ensure(row, precision=precision, network=name)
 

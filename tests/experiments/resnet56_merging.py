@@ -209,13 +209,14 @@ def latency() -> None:
             table = tflite_export.benchmark([path for _, path in jobs], threads=1)
             for name, one, result in zip(models, models.values(), table.rows, strict=True):
                 records.ensure(
-                    lambda one=one, result=result: latency_row(one, result), precision=precision, network=name
+                    lambda one=one, result=result: {"macs": macs_of(one), **latency_row(result)},
+                    precision=precision,
+                    network=name,
                 )
 
 
-def latency_row(model, result) -> dict[str, object]:
+def latency_row(result) -> dict[str, object]:
     return {
-        "macs": macs_of(model),
         "size_bytes": result.size_bytes,
         "median_ms": f"{result.median_ms:.4f}",
         "p10_ms": f"{result.p10_ms:.4f}",

@@ -32,6 +32,7 @@ def choose_units(
     scope: Scope,
     round_to: int,
     counts: Mapping[str, int] | None = None,
+    rates: Mapping[Hashable, float] | None = None,
 ) -> frozenset[int]:
     """Return the units that go where a part `ratio` of each scope's units is to go.
 
@@ -46,10 +47,15 @@ def choose_units(
         scope: which groups share a ranking.
         round_to: channels that every group keeps a multiple of, and at least.
         counts: units that each group had before earlier steps, by name; those of `groups` where None.
+        rates: what a score of 1 is worth in each scope, by `scope_key`: then all scopes give units by one ranking,
+            and `ratio` is the part of all units. Where None, each scope gives the same part.
     """
     by_scope: dict[Hashable, list[Group]] = {}
     for group in groups:
         by_scope.setdefault(scope_key(group, scope), []).append(group)
+    if rates is not None:
+        scores = {group.name: scores[group.name] * rates[key] for key, members in by_scope.items() for group in members}
+        by_scope = {None: list(groups)}
     cut: set[int] = set()
     for members in by_scope.values():
         before = sum((counts or {}).get(group.name, group.size) for group in members)

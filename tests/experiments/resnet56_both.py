@@ -1,0 +1,119 @@
+"""ResNet-56 on CIFAR-10: depth, width, and both under one budget, without training, and the int8 speed of each.
+
+    uv run --frozen python -m tests.experiments.resnet56_both accuracy FOLDER
+    uv run --frozen python -m tests.experiments.resnet56_both latency FOLDER
+
+`accuracy` writes resnet56_both.csv beside this file, row by row, and each network as an int8 file into FOLDER; what is
+there is not run again. `latency` times all files of FOLDER in turns, one thread, and writes resnet56_both_latency.csv.
+600 calibration images from the training images; accuracy on 1,000 test images, which choose nothing. Merged blocks
+become fitted 3x3 convolutions; widths are multiples of 8. `less` is the factor by which MACs had to fall.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.experiments.records import HERE, Records, shared_loader
+from tests.experiments.resnet56_merging import N_CALIBRATION, latency_row, macs_of, predict
+
+LESS = (1.5, 2.0, 1.7, 1.3)
+WAYS = ("width", "depth", "both", "one shot")
+
+
+def accuracy(folder: Path) -> None:
+    load = shared_loader()
+    import tflite_export
+
+    folder.mkdir(parents=True, exist_ok=True)
+    values = ("macs", "merged", "ratio", "splits", "top1", "n_test")
+    records = Records(HERE / "resnet56_both.csv", ("draw", "way", "less"), values)
+    model = load.resnet56()
+    (x_train, _), (x_test, y_test) = load.cifar10()
+    x_test = load.cifar_preprocess(x_test)
+    draw = 0
+    chosen = np.random.default_rng(draw).choice(len(x_train), N_CALIBRATION, replace=False)
+    images = load.cifar_preprocess(x_train[chosen])
+
+    def row(way: str, less: float) -> dict[str, object]:
+        small, merged, ratio, splits = network(model, images, way, less)
+        tflite_export.export(small, folder / name_of(way, less), quantize="int8", calibration=images[:100], force=True)
+        top1 = float((predict(small, x_test).argmax(-1) == y_test).mean())
+        return {
+            "macs": macs_of(small),
+            "merged": merged,
+            "ratio": f"{ratio:.3f}",
+            "splits": splits,
+            "top1": f"{top1:.4f}",
+            "n_test": len(y_test),
+        }
+
+    if not (folder / "original.tflite").exists():
+        tflite_export.export(model, folder / "original.tflite", quantize="int8", calibration=images[:100])
+    for less in LESS:
+        for way in WAYS:
+            records.ensure(lambda way=way, less=less: row(way, less), draw=draw, way=way, less=less)
+
+
+def network(model, images, way: str, less: float):
+    """A network of fewer MACs: with how many blocks merged, which part of the channels cut, out of how many splits."""
+    import updp_tf
+    from updp_tf.blocks import find_blocks
+    from updp_tf.cost import Budget
+    from updp_tf.forms import form_by_name
+    from updp_tf.merging import Choice, merge_in_sequence
+    from updp_tf.narrowing import Ranking, Width
+    from updp_tf.scoring import score
+    from updp_tf.sharing import share_budget
+
+    budget = {"macs": 1 / less}
+    if way == "width":
+        small = updp_tf.narrow(model, budget=budget, calibration=images, round_to=8)
+        return small, 0, small.narrowing.ratio, 1
+    if way == "depth":
+        small = updp_tf.prune(model, budget=budget, calibration=images, forms=["conv3"])
+        return small, len(small.pruning.blocks), 0.0, 1
+    if way == "both":
+        small = updp_tf.prune(model, budget=budget, calibration=images, forms=["conv3"], width=True)
+        told = small.pruning
+        return small, len(told.blocks), 0.0 if told.narrowing is None else told.narrowing.ratio, len(told.notes)
+    blocks = find_blocks(model)
+    scores = score(blocks, images, forms=[form_by_name("conv3")])
+
+    def merged(chosen):
+        choices = [Choice(one.blocks[0], one.form, one.options["skip"]) for one in chosen]
+        return merge_in_sequence(blocks, choices, images, refit=True)
+
+    (split,) = share_budget(
+        blocks,
+        scores.candidates,
+        Budget.parse(budget),
+        Ranking(Width(), images),
+        merge=merged,
+        loss=None,
+        memory_bytes=2 << 30,
+        progress=None,
+    )
+    ratio = 0.0 if split.narrowing is None else split.narrowing.ratio
+    return split.model, split.solution.merged, ratio, 1
+
+
+def name_of(way: str, less: float) -> str:
+    return f"{way.replace(' ', '_')}_{less}.tflite"
+
+
+def latency(folder: Path) -> None:
+    import tflite_export
+
+    columns = ("size_bytes", "median_ms", "p10_ms", "p90_ms", "ratio", "low", "high", "n", "threads", "runtime")
+    records = Records(HERE / "resnet56_both_latency.csv", ("way", "less"), columns)
+    files = {("original", 1.0): folder / "original.tflite"}
+    files |= {(way, less): folder / name_of(way, less) for way in WAYS for less in sorted(LESS)}
+    files = {key: path for key, path in files.items() if path.exists()}
+    table = tflite_export.benchmark(list(files.values()), threads=1)
+    for (way, less), result in zip(files, table.rows, strict=True):
+        records.ensure(lambda result=result: latency_row(result), way=way, less=less)
+
+
+if __name__ == "__main__":
+    {"accuracy": accuracy, "latency": latency}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,204 @@
+"""Depth and width under one budget: how much of the saving merged blocks give, and how much narrower layers.
+
+What a block costs depends on how wide it is, so the two do not add up. They alternate: for a part of the way that
+width goes, the solver picks the forms that are best for blocks of that width; those are merged; and the channels that
+are left are cut until the budget is met by what the network truly costs. Each such split is measured on held-out
+images with everything mended, and the next ones are tried beside the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from updp_tf.blocks import Blocks, cost_of, liveness, network_cost, prepared_graph
+from updp_tf.cost import Budget, Limit
+from updp_tf.errors import BudgetError, ModelError
+from updp_tf.graph import build_model
+from updp_tf.merging import Merged
+from updp_tf.narrowing import Ranking, narrow_graph, nothing_to_cut, ratio_within
+from updp_tf.partitioning import Solution
+from updp_tf.reporting import NarrowingReport
+from updp_tf.searching import Space
+from updp_tf.structure import Candidate, Cost
+from updp_tf.walking import Progress
+
+FIRST = (0.0, 1 / 3, 2 / 3, 1.0)
+"""Parts of the way that width goes in the first round: from depth alone to width alone."""
+
+ONE_SHOT = (0.5,)
+"""Where nothing is measured."""
+
+Merge = Callable[[Sequence[Candidate]], Merged]
+"""Returns the network with forms in it."""
+
+Loss = Callable[[Any], float]
+"""Returns how far a model's outputs are from the original's, on images that fitted nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One way to share a budget.
+
+    Attributes:
+        share: part of the way that width was to go when forms were picked, in [0, 1].
+        solution: the forms.
+        merged: the network with them, before it was narrowed.
+        model: the result.
+        narrowing: what became of its channels; None where the forms alone met the budget.
+        loss: what was measured of it; None where nothing was.
+    """
+
+    share: float
+    solution: Solution
+    merged: Merged
+    model: Any
+    narrowing: NarrowingReport | None
+    loss: float | None
+
+    def __str__(self) -> str:
+        ratio = 0.0 if self.narrowing is None else self.narrowing.ratio
+        told = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"{self.solution.merged} blocks merged and {100 * ratio:.0f} % of the channels cut{told}"
+
+
+def share_budget(
+    blocks: Blocks,
+    candidates: Sequence[Candidate],
+    budget: Budget,
+    ranking: Ranking,
+    *,
+    merge: Merge,
+    loss: Loss | None,
+    rounds: int = 2,
+    refit: bool = True,
+    memory_bytes: int,
+    progress: Progress | None,
+) -> tuple[Split, ...]:
+    """Return the splits that were tried, the best one first.
+
+    Args:
+        blocks: of the original.
+        candidates: forms with their scores.
+        budget: of the result. A number of merged blocks says what depth gives: width does the rest.
+        ranking: of the channels.
+        merge: builds the network with some forms in it.
+        loss: measures a result; where None, one split is made half of the way.
+        rounds: of splits, each closer to the best so far.
+        refit: refit closing layers while narrowing.
+        memory_bytes: activations beyond this go to disk.
+        progress: called after each part of the network.
+
+    Raises:
+        BudgetError: no split meets the budget, or it limits nothing that width could save.
+        ModelError: no channels can be cut.
+    """
+    resources = replace(budget, merged=None)
+    if not resources.limits:
+        raise BudgetError("With width, a budget limits a cost, as {'macs': 0.6} does; 'merged' alone does not.")
+    if _meets(blocks.network_cost, resources, blocks.network_cost) and budget.merged is None:
+        raise BudgetError("Nothing has to be cut: the model meets the budget as it is. Ask for a smaller one.")
+    family = _Family(blocks, candidates, budget, ranking)
+    tried: dict[tuple[str, ...], Split] = {}
+
+    def attempt(share: float) -> Split | None:
+        solution = family.depth(share)
+        if solution is None:
+            return None
+        key = tuple(one.key for one in solution.chosen)
+        if key not in tried:
+            merged = merge(solution.chosen) if solution.chosen else _untouched(blocks)
+            graph = prepared_graph(merged.model)
+            model, narrowing = merged.model, None
+            if not _meets(network_cost(graph), resources, blocks.network_cost):
+                if not ranking.cuttable(graph).groups:
+                    return None
+                try:
+                    graph, narrowing = narrow_graph(
+                        graph,
+                        resources,
+                        ranking,
+                        original=blocks.network_cost,
+                        teacher=blocks.graph,
+                        refit=refit,
+                        memory_bytes=memory_bytes,
+                        progress=progress,
+                    )
+                except BudgetError:
+                    return None
+                model = build_model(graph)
+            tried[key] = Split(share, solution, merged, model, narrowing, None if loss is None else loss(model))
+        return tried[key]
+
+    if budget.merged is not None or loss is None:
+        attempt(ONE_SHOT[0])
+    else:
+        shares = list(FIRST)
+        for number in range(rounds):
+            for share in shares:
+                attempt(share)
+            if not tried:
+                break
+            best = min(tried.values(), key=_loss_of)
+            step = (FIRST[1] - FIRST[0]) / 2 ** (number + 1)
+            shares = [share for share in (best.share - step, best.share + step) if 0 <= share <= 1]
+    if not tried:
+        raise BudgetError(f"Neither merged blocks nor narrower layers nor both come down to {budget}.")
+    return tuple(sorted(tried.values(), key=_loss_of))
+
+
+def _loss_of(split: Split) -> float:
+    return 0.0 if split.loss is None else split.loss
+
+
+def _meets(cost: Cost, budget: Budget, original: Cost) -> bool:
+    return budget.is_met(cost, original, merged=0)
+
+
+def _untouched(blocks: Blocks) -> Merged:
+    return Merged(build_model(blocks.graph), (), {}, {}, 0.0)
+
+
+class _Family:
+    """Choices of forms, from the one that needs no narrower layers to none at all."""
+
+    def __init__(self, blocks: Blocks, candidates: Sequence[Candidate], budget: Budget, ranking: Ranking) -> None:
+        self._blocks, self._candidates, self._budget = blocks, candidates, budget
+        dependencies = ranking.cuttable(blocks.graph)
+        if not dependencies.groups:
+            raise ModelError(nothing_to_cut(blocks.graph, ranking))
+        self._ranked = ranking.ranked(dependencies)
+        resources = replace(budget, merged=None)
+        if ranking.width.allocation == "score":
+            self._ranked = self._ranked.allocated(resources.unit)
+        try:
+            self._most = ratio_within(self._ranked, resources, blocks.network_cost)
+        except BudgetError:
+            self._most = 1.0
+
+    def depth(self, share: float) -> Solution | None:
+        """Return the best forms where width goes a part of the way, None where forms cannot go the rest."""
+        graph = self._ranked.outline(share * self._most)
+        live = liveness(graph).total
+        costs = {
+            block.name: replace(cost_of(graph, block.nodes), activation_bytes=max(live[name] for name in block.nodes))
+            for block in self._blocks
+        }
+        whole, inside = network_cost(graph), {name for block in self._blocks for name in block.nodes}
+        rest = Cost(
+            macs=whole.macs - sum(cost.macs for cost in costs.values()),
+            params=whole.params - sum(cost.params for cost in costs.values()),
+            activation_bytes=max((size for name, size in live.items() if name not in inside), default=0),
+        )
+        try:
+            return Space.within(self._candidates, blocks=costs, rest=rest, budget=self._limits()).solution
+        except BudgetError:
+            return None
+
+    def _limits(self) -> Budget:
+        """What depth has to reach: in absolute numbers, since fractions are of the original."""
+        if self._budget.merged is not None:
+            return Budget(merged=self._budget.merged)
+        bounds = self._budget.bounds(self._blocks.network_cost)
+        return Budget(tuple(Limit(f"{unit}_max", bound) for unit, bound in bounds.items()))
