@@ -99,18 +99,34 @@ def latency() -> str:
 def narrowing() -> str:
     rows = rows_of("resnet56_narrowing.csv")
     factors = sorted({float(row["less"]) for row in rows})
-    ways = dict.fromkeys((row["scope"], row["importance"], row["round_to"], row["mend"]) for row in rows)
+    named = [({**row, "way": narrowing_way(row)}) for row in rows]
     body = []
-    for way in ways:
-        scope, importance, step, mend = way
-        cells = [f"{scope}, {importance}, widths in steps of {step}, {mend}"]
+    for way in dict.fromkeys(row["way"] for row in named):
+        cells = [way]
         for less in factors:
-            same = [row for row in rows if (row["scope"], row["importance"], row["round_to"], row["mend"]) == way]
-            top1 = [float(row["top1"]) for row in same if float(row["less"]) == less]
+            top1 = [float(row["top1"]) for row in named if row["way"] == way and float(row["less"]) == less]
             spread = f" ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
             cells.append(f"{100 * np.mean(top1):.1f}{spread}" if top1 else "-")
         body.append(cells)
     return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
+
+
+def narrowing_way(row: dict[str, str]) -> str:
+    """What was done, as far as it differs from the usual."""
+    streams = ", streams too" if row["streams"] == "True" else ""
+    step = "" if row["round_to"] == "1" else f", widths in steps of {row['round_to']}"
+    return f"{row['scope']}, {row['importance']}{step}{streams}, {row['mend']}"
+
+
+def both() -> str:
+    rows = rows_of("resnet56_both.csv")
+    times = {(row["way"], row["less"]): row for row in rows_of("resnet56_both_latency.csv")}
+    body = []
+    for row in sorted(rows, key=lambda row: (float(row["less"]), row["way"])):
+        made = f"{row['merged']} blocks merged, {100 * float(row['ratio']):.0f} % of channels cut"
+        speed = speed_up(times.get((row["way"], row["less"])))
+        body.append([f"{row['less']}x", row["way"], made, f"{100 * float(row['top1']):.1f}", speed])
+    return table(["fewer MACs", "way", "what it is", "top-1 %", "int8 speed-up"], body)
 
 
 def training() -> str:
@@ -156,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mobilenetv2": mobilenetv2,
     "latency": latency,
     "narrowing": narrowing,
+    "both": both,
     "training": training,
     "int8": int8,
 }

@@ -98,4 +98,8 @@ def test_the_kept_channels_are_the_same(both):
     for group in dependencies.groups:
         bits = np.frombuffer(bytes.fromhex(told[group.name]["kept"]), dtype=np.uint8)
         there = np.flatnonzero(np.unpackbits(bits)[: group.size])
-        np.testing.assert_array_equal(kept[group.name], there, err_msg=group.name)
+        assert len(kept[group.name]) == len(there), group.name
+        # sums in float32 there may swap two channels whose scores are equal to six digits
+        swapped = np.setxor1d(kept[group.name], there)
+        assert len(swapped) in (0, 2), group.name
+        np.testing.assert_allclose(scores[group.name][swapped[:1]], scores[group.name][swapped[1:]], rtol=1e-5)
