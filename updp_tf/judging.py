@@ -113,8 +113,7 @@ class Judge:
             have = map_refs(graph.outputs, lambda ref: np.array(values[ref][: self.n_images]))
         if self._score_fn is not None:
             return float(self._score_fn(want, have))
-        pairs = zip(keras.tree.flatten(want), keras.tree.flatten(have), strict=True)
-        return float(sum(divergence(a, b) for a, b in pairs))
+        return total_divergence(want, have)
 
     def _run(self, walk: Walk, chosen: Sequence[Candidate]) -> Tensors:
         """Return every tensor that differs from the original's and is still needed at the end."""
@@ -163,6 +162,12 @@ class _NormByBatch:
         return keras.ops.cast(y, x.dtype)
 
     __call__ = call
+
+
+def total_divergence(original: Any, pruned: Any) -> float:
+    """Return the sum of `divergence` over all outputs, nested as the models give them."""
+    pairs = zip(keras.tree.flatten(original), keras.tree.flatten(pruned), strict=True)
+    return float(sum(divergence(one, other) for one, other in pairs))
 
 
 def divergence(original: np.ndarray, pruned: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
 from updp_tf.graph import fingerprint, load_model, weights_hash
-from updp_tf.judging import Judge, ScoreFn, divergence
+from updp_tf.judging import Judge, ScoreFn, total_divergence
 from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
@@ -352,10 +352,7 @@ def _shared(
 
     def loss(small: Any) -> float:
         want, have = held_out_outputs(ask.model, small, cast(np.ndarray, images))
-        if ask.score_fn is not None:
-            return float(ask.score_fn(want, have))
-        pairs = zip(keras.tree.flatten(want), keras.tree.flatten(have), strict=True)
-        return float(sum(divergence(one, other) for one, other in pairs))
+        return total_divergence(want, have) if ask.score_fn is None else float(ask.score_fn(want, have))
 
     splits = share_budget(
         blocks,
