@@ -172,7 +172,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "mobilenetv2": mobilenetv2,
     "latency": latency,
     "narrowing": narrowing,
-    "both": both,
     "training": training,
     "int8": int8,
 }
