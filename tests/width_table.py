@@ -55,7 +55,7 @@ class Row:
     keras: str
 
 
-def measure(name: str) -> list[Row]:
+def measure(name: str, *, export: bool = True) -> list[Row]:
     """Return the rows of one model."""
     source, make, size = models()[name]
     model = logits_of(make(size))
@@ -83,7 +83,7 @@ def measure(name: str) -> list[Row]:
                 oracle_error=f"{error:.1e}",
                 trained=trained,
                 loaded=loaded,
-                int8=_int8(small, x) if ratio == RATIOS[-1] else "-",
+                int8=_int8(small, x) if export and ratio == RATIOS[-1] else "-",
                 keras=keras.__version__,
             )
         )

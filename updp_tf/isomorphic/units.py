@@ -27,6 +27,8 @@ class Units:
         self._factors: dict[int, tuple[int, ...]] = {}
         self._reasons: dict[int, str] = {}
         self._streams: set[int] = set()
+        self._last_cut: frozenset[int] | None = None
+        self._last_gone = np.zeros(0, dtype=bool)
 
     def fresh(self, n: int) -> Labels:
         """Return labels that are equal to no others."""
@@ -177,8 +179,20 @@ class Units:
     def kept(self, labels: Labels, cut: frozenset[int]) -> Labels:
         """Return which indices of an axis are kept, shape as `labels`, where some units are cut."""
         roots = self.find(labels)
-        alive = np.array([self._is_kept(root, cut) for root in np.unique(roots).tolist()], dtype=bool)
-        return alive[np.searchsorted(np.unique(roots), roots)]
+        kept = ~self._gone(cut)[roots]
+        if self._factors:
+            for root in np.unique(roots).tolist():
+                if root in self._factors:
+                    kept[roots == root] = self._is_kept(root, cut)
+        return kept
+
+    def _gone(self, cut: frozenset[int]) -> np.ndarray:
+        """Which of all labels are cut: asked for every axis of a network, made once."""
+        if self._last_cut is not cut:
+            self._last_cut = cut
+            self._last_gone = np.zeros(self._n, dtype=bool)
+            self._last_gone[list(cut)] = True
+        return self._last_gone
 
     def _is_kept(self, root: int, cut: frozenset[int]) -> bool:
         if root in self._factors:
