@@ -127,12 +127,12 @@ def _int8(small: keras.Model, x: np.ndarray) -> str:
     return f"{result.size_bytes} bytes"
 
 
-def done() -> list[str]:
-    """Names of the models in the results."""
+def results() -> list[Row]:
+    """What has been measured; the numbers are text."""
     if not RESULTS.exists():
         return []
     with RESULTS.open(newline="") as file:
-        return [row["model"] for row in csv.DictReader(file)]
+        return [Row(**row) for row in csv.DictReader(file)]
 
 
 def append(rows: list[Row]) -> None:
@@ -147,7 +147,7 @@ def append(rows: list[Row]) -> None:
 
 def main(names: list[str]) -> None:
     """Measure models, by default all that the results lack."""
-    for name in names or [name for name in models() if name not in done()]:
+    for name in names or [name for name in models() if name not in {row.model for row in results()}]:
         rows = measure(name)
         append(rows)
         print(rows[-1], flush=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 
 from tests.coverage_table import models
 from tests.isomorphic.oracle import TOLERANCE
-from tests.width_table import RESULTS, Row, measure
+from tests.width_table import Row, measure, results
 
 SMALL = "MobileNet alpha 0.25"
 
@@ -29,7 +27,5 @@ def test_a_family_narrows_by_a_quarter_and_by_half(name):
 
 
 def test_what_the_table_holds_is_as_it_should_be():
-    with RESULTS.open(newline="") as file:
-        rows = [Row(**row) for row in csv.DictReader(file)]
-    for row in rows:
+    for row in results():
         check(row)
