@@ -238,7 +238,7 @@ def prune(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Merge blocks of a model into single layers, cut channels where asked, and train the result where there are images for it."""
+    """Merge blocks into single layers, cut channels where asked, and train the result where there are images for it."""
     limits = numbers(budget or [], "--budget") or None
     drops = numbers([max_drop], "--max-drop") if max_drop is not None else None
     require_keras_output(output, model)
