@@ -338,8 +338,9 @@ def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -
     if ask.latency is not None or (needed := _parsed(ask.budget).needs_table) is not None:
         told = "`latency`" if ask.latency is not None else f"'{needed}'"
         raise BudgetError(f"A latency table knows no narrower layers: {told} does not go with width.")
-    if ask.options.reconstruct_steps:
-        raise BudgetError("With width, fitted layers are not reconstructed: leave `reconstruct_steps` at 0.")
+    if ask.options.reconstruct_steps or ask.options.rejoin:
+        told = "reconstruct_steps" if ask.options.reconstruct_steps else "rejoin"
+        raise BudgetError(f"With width, fitted layers stay as they are: leave `{told}` as it is by default.")
     if training is not None and training.mode != "direct":
         raise TrainingError(f"With width, the pruned network is trained at once: mode='direct', not {training.mode!r}.")
 

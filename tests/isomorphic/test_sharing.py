@@ -153,6 +153,7 @@ def test_channels_go_where_they_save_most_for_their_score():
         ({"budget": {"macs": 0.5}, "method": "exact"}, BudgetError, "by the `additive` method"),
         ({"budget": {"latency": 0.5}}, BudgetError, "'latency' does not go with width"),
         ({"budget": {"macs": 0.5}, "options": updp_tf.Options(reconstruct_steps=5)}, BudgetError, "reconstruct_steps"),
+        ({"budget": {"macs": 0.5}, "options": updp_tf.Options(rejoin=True)}, BudgetError, "leave `rejoin` as it is"),
         (
             {"budget": {"macs": 0.5}, "train": np.zeros((4, 18, 18, 3)), "training": Training(mode="whole")},
             TrainingError,
