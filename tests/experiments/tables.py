@@ -96,6 +96,49 @@ def latency() -> str:
     return table(head, body)
 
 
+def coverage() -> str:
+    body = []
+    for row in rows_of("../coverage_table.csv"):
+        both = (float(row[name]) for name in ("blend0_error", "blend0_error_further"))
+        errors = " / ".join(f"{error:.0e}" if error else "0" for error in both)
+        size = int(row["size"])
+        before, after = (float(row[name]) for name in ("macs_before", "macs_after"))
+        body.append(
+            [
+                f"{row['model']} ({row['source']}, {size})",
+                f"{row['blocks']} ({row['linearizable']})",
+                row["reasons"].replace("_", " "),
+                row["forms"].replace(";", ","),
+                f"{before:.0f} -> {after:.0f}" if before >= 100 else f"{before:.1f} -> {after:.1f}",
+                row["expanded"],
+                errors,
+                " / ".join(exported(row[kind]) for kind in ("float32", "int8")),
+            ]
+        )
+    head = ["network (from, pixels)", "blocks (linear but for activations)", "places refused", "all merged into"]
+    return table(
+        [*head, "MACs (M)", "expanded", "error at blend 0, two sizes", "float32 / int8 `.tflite`"],
+        sorted(body, key=lambda cells: cells[0].lower()),
+    )
+
+
+def exported(told: str) -> str:
+    if told.startswith("no"):
+        return "no"
+    return "floats left" if "float tensors" in told else "yes"
+
+
+def updp() -> str:
+    body = []
+    for row in rows_of("updp_networks.csv"):
+        macs, params = (
+            f"{int(row[name]) / 1e6:,.1f} -> {int(row[f'{name}_after']) / 1e6:,.1f}" for name in ("macs", "params")
+        )
+        merged = f"{row['merged']} of {row['blocks']}"
+        body.append([row["network"], merged, row["forms"].replace(";", ","), macs, params, row["merge_cpu_s"]])
+    return table(["network, 224 pixels", "blocks merged", "into", "MACs (M)", "parameters (M)", "CPU s to merge"], body)
+
+
 def narrowing() -> str:
     rows = rows_of("resnet56_narrowing.csv")
     factors = sorted({float(row["less"]) for row in rows})
@@ -171,6 +214,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "resnet56": resnet56,
     "mobilenetv2": mobilenetv2,
     "latency": latency,
+    "updp": updp,
+    "coverage": coverage,
     "narrowing": narrowing,
     "training": training,
     "int8": int8,
