@@ -26,7 +26,12 @@ from updp_tf.isomorphic.importance import group_scores
 PEER = json.loads(JSON.read_text())["networks"]
 
 
-@pytest.fixture(scope="module", params=PEER)
+SLOW = ("ResNet50",)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PEER]
+)
 def both(request):
     """Our dependencies, and for each of our groups what is said of it there."""
     dependencies = find_dependencies(read_graph(network(request.param)))

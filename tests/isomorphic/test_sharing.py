@@ -93,7 +93,8 @@ def test_without_images_half_of_the_way_is_depth():
     assert "loss" not in " ".join(report.notes)
 
 
-@pytest.mark.parametrize("name", ["inverted_residuals", pytest.param("vgg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inverted_residuals", "vgg"])
 def test_streams_and_chains_may_be_cut_behind_merged_blocks(name):
     model, images = model_and_images(name, 40)
     small = prune(model, calibration=images, budget={"macs": 0.5, "merged": 1}, width=Width(round_to=1, streams=True))
