@@ -9,6 +9,7 @@ or one of its parts:
     ... plans        plans chosen with the table, by MACs, and by the number of blocks, at five measured times (int8)
     ... coverage     ten benchmarks of a file against a copy of itself: does the interval of the ratio hold 1?
     ... report       print what the CSV files beside this one say
+    ... rehearse     all of it with a network of milliseconds, in a folder of its own: shows that it runs, nothing else
 
 Times need an idle machine. Rows that are there are not measured again: delete a CSV file to start anew.
 """
@@ -16,6 +17,7 @@ Times need an idle machine. Rows that are there are not measured again: delete a
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,46 +25,89 @@ import numpy as np
 from tests.experiments.records import HERE, Records, shared_loader
 
 PRECISIONS = ("float32", "int8")
-N_PLANS, SEED = 20, 7  # not the seed of the networks that the correction is fitted to
-FRACTIONS = (0.95, 0.9, 0.85, 0.8, 0.75)
-N_CALIBRATION, N_RUNS = 400, 10
+SEED = 7  # not the seed of the networks that the correction is fitted to
 
 
-def table_path(precision: str) -> Path:
-    return HERE / f"mobilenet_v2_latencies_{precision}.csv"
+@dataclass(frozen=True)
+class Images:
+    """Images that calibrate, and others with their labels."""
+
+    calibration: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
 
 
-def seconds() -> Records:
-    return Records(
-        HERE / "latency_table_seconds.csv", ("model", "precision"), ("seconds", "rows", "noisy", "correction")
-    )
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, how long, and where the rows go."""
+
+    folder: Path = HERE
+    name: str = "mobilenet_v2"
+    max_seconds: float = 120.0
+    n_plans: int = 20
+    fractions: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75)
+    n_runs: int = 10
+    min_seconds: float = 3.0
+
+    def model(self):
+        return shared_loader().mobilenet_v2()
+
+    def data(self) -> Images:
+        from tests.experiments.mobilenet_v2_merging import Data
+
+        found = Data("even")
+        return Images(found.calibration, found.images, found.labels)
 
 
-def table() -> None:
+class Rehearsal(Setting):
+    """A network of random weights, which takes milliseconds."""
+
+    def model(self):
+        from tests import zoo
+
+        return zoo.build("inverted_residuals")
+
+    def data(self) -> Images:
+        model = self.model()
+        images = np.random.default_rng(0).normal(size=(64, *model.input_shape[1:])).astype("float32")
+        labels = np.asarray(model(images[32:], training=False)).argmax(-1)
+        return Images(images[:32], images[32:], labels)
+
+
+def table_path(at: Setting, precision: str) -> Path:
+    return at.folder / f"{at.name}_latencies_{precision}.csv"
+
+
+def seconds(at: Setting) -> Records:
+    values = ("seconds", "rows", "noisy", "correction")
+    return Records(at.folder / "latency_table_seconds.csv", ("model", "precision"), values)
+
+
+def table(at: Setting) -> None:
     import updp_tf
 
-    records = seconds()
+    records = seconds(at)
     for precision in PRECISIONS:
-        if records.find(model="mobilenet_v2", precision=precision) and table_path(precision).exists():
+        path = table_path(at, precision)
+        if records.find(model=at.name, precision=precision) and path.exists():
             continue
-        model = shared_loader().mobilenet_v2()
         start = time.monotonic()
-        found = updp_tf.measure_latency(model, precision=precision, out=table_path(precision), max_seconds=120)
+        found = updp_tf.measure_latency(at.model(), precision=precision, out=path, max_seconds=at.max_seconds)
         took = f"{time.monotonic() - start:.0f}"
         noisy = sum(row.noisy for row in found.rows)
 
         def row(took=took, found=found, noisy=noisy) -> dict[str, object]:
             return {"seconds": took, "rows": len(found.rows), "noisy": noisy, "correction": str(found.correction)}
 
-        records.ensure(row, model="mobilenet_v2", precision=precision)
+        records.ensure(row, model=at.name, precision=precision)
 
 
-def predicted() -> Records:
+def predicted(at: Setting) -> Records:
     values = ("sum_us", "predicted_us", "measured_us", "low_us", "high_us", "noisy", "macs")
-    return Records(HERE / "latency_predictions.csv", ("precision", "plan"), values)
+    return Records(at.folder / "latency_predictions.csv", ("precision", "plan"), values)
 
 
-def predictions() -> None:
+def predictions(at: Setting) -> None:
     """Measure networks of random plans together with the original, so that slow hours of the machine cancel."""
     from tflite_export import LatencyItem, LatencyTable
     from updp_tf.blocks import find_blocks, network_cost, prepared_graph
@@ -70,22 +115,22 @@ def predictions() -> None:
     from updp_tf.graph import build_model
     from updp_tf.timing import block_key, network_key, random_network
 
-    records = predicted()
+    records = predicted(at)
     for precision in PRECISIONS:
-        if len([row for row in records.rows if row["precision"] == precision]) >= N_PLANS:
+        if len([row for row in records.rows if row["precision"] == precision]) >= at.n_plans:
             continue
-        parts = LatencyTable.load(table_path(precision), precision=precision)
-        blocks = find_blocks(shared_loader().mobilenet_v2())
+        parts = LatencyTable.load(table_path(at, precision), precision=precision)
+        blocks = find_blocks(at.model())
         whole = network_key(blocks.graph)
         rng = np.random.default_rng(SEED)
         items = [LatencyItem(whole, build_model(blocks.graph), tuple(block_key(blocks.graph, one) for one in blocks))]
         macs = {}
-        for number in range(N_PLANS):
-            fraction = 0.05 + 0.95 * number / (N_PLANS - 1)
+        for number in range(at.n_plans):
+            fraction = 0.05 + 0.95 * number / (at.n_plans - 1)
             item = LatencyItem(*random_network(blocks, forms=all_forms(), skip="auto", fraction=fraction, rng=rng))
             macs[item.key] = network_cost(prepared_graph(item.model)).macs
             items.append(item)
-        found = LatencyTable.measure(items, precision=precision, max_seconds=120)
+        found = LatencyTable.measure(items, precision=precision, max_seconds=at.max_seconds)
         # the machine may be faster or slower than while the table was measured: the untouched network tells
         level = found.latency_us(whole) / parts.latency_us(whole)
         for number, item in enumerate(items[1:]):
@@ -102,24 +147,23 @@ def predictions() -> None:
             records.ensure(values, precision=precision, plan=number)
 
 
-def chosen() -> Records:
+def chosen(at: Setting) -> Records:
     values = ("merged", "forms", "macs", "predicted_ms", "measured_ms", "ratio", "low", "high", "top1", "n")
-    return Records(HERE / "latency_plans.csv", ("by", "target"), values)
+    return Records(at.folder / "latency_plans.csv", ("by", "target"), values)
 
 
-def plans() -> None:
+def plans(at: Setting) -> None:
     """Choose plans three ways, measure their int8 files against the original's, and their accuracy without training."""
     import tflite_export
     import updp_tf
-    from tests.experiments.mobilenet_v2_merging import Data
     from updp_tf.blocks import network_cost, prepared_graph
 
-    records = chosen()
-    model, data = shared_loader().mobilenet_v2(), Data("even")
-    images, times = data.calibration, table_path("int8")
+    records = chosen(at)
+    model, data = at.model(), at.data()
+    images, times = data.calibration, table_path(at, "int8")
     # by MACs and by count the same forms are at hand; the table is only asked what they would take
     for by in ("latency", "macs", "merged"):
-        for number, fraction in enumerate(FRACTIONS):
+        for number, fraction in enumerate(at.fractions):
             budget = {
                 "latency": {"latency": fraction},
                 "macs": {"macs": fraction},
@@ -134,7 +178,7 @@ def plans() -> None:
                 jobs = [(one, Path(folder) / f"{name}.tflite") for name, one in (("original", model), ("small", small))]
                 with tflite_export.ExportWorker() as worker:
                     tflite_export.export_many(jobs, quantize="int8", calibration=images[:200], worker=worker)
-                timed = tflite_export.benchmark([path for _, path in jobs]).rows[1]
+                timed = tflite_export.benchmark([path for _, path in jobs], min_seconds=at.min_seconds).rows[1]
                 accuracy = tflite_export.evaluate(jobs[1][1], data.images, data.labels)
             told = small.pruning.after.latency_ns / 1e6
 
@@ -155,38 +199,37 @@ def plans() -> None:
             records.ensure(row, by=by, target=target)
 
 
-def covered() -> Records:
-    return Records(HERE / "interval_coverage.csv", ("state", "run"), ("ratio", "low", "high", "noisy", "load"))
+def covered(at: Setting) -> Records:
+    return Records(at.folder / "interval_coverage.csv", ("state", "run"), ("ratio", "low", "high", "noisy", "load"))
 
 
-def coverage(state: str = "idle") -> None:
-    """Benchmark MobileNetV2 in int8 against a copy of itself, ten times."""
+def coverage(at: Setting, state: str = "idle") -> None:
+    """Benchmark the network in int8 against a copy of itself."""
     import tflite_export
 
-    records = covered()
-    if len([row for row in records.rows if row["state"] == state]) >= N_RUNS:
+    records = covered(at)
+    if len([row for row in records.rows if row["state"] == state]) >= at.n_runs:
         return
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{name}.tflite" for name in ("one", "copy")]
-        images = shared_loader().mobilenet_preprocess(shared_loader().imagenet1000(20)[0])
-        tflite_export.export(shared_loader().mobilenet_v2(), paths[0], quantize="int8", calibration=images)
+        tflite_export.export(at.model(), paths[0], quantize="int8", calibration=at.data().calibration[:20])
         paths[1].write_bytes(paths[0].read_bytes())
-        for run in range(N_RUNS):
-            row = tflite_export.benchmark(paths, check_outputs=False).rows[1]
+        for run in range(at.n_runs):
+            row = tflite_export.benchmark(paths, check_outputs=False, min_seconds=at.min_seconds).rows[1]
             told = {"ratio": row.ratio, "low": row.ratio_low, "high": row.ratio_high}
             values = {name: f"{value:.4f}" for name, value in told.items()}
             extra = {"noisy": row.noisy, "load": row.device.load_average}
             records.ensure(lambda values=values, extra=extra: values | extra, state=state, run=run)
 
 
-def report() -> None:
+def report(at: Setting) -> None:
     from scipy.stats import spearmanr
 
-    for row in seconds().rows:
+    for row in seconds(at).rows:
         rows = f"{row['rows']} rows, {row['noisy']} noisy"
         print(f"table {row['precision']}: {row['seconds']} s, {rows}; {row['correction']}")
     for precision in PRECISIONS:
-        rows = [row for row in predicted().rows if row["precision"] == precision]
+        rows = [row for row in predicted(at).rows if row["precision"] == precision]
         if not rows:
             continue
         told, sums, measured = (
@@ -200,11 +243,11 @@ def report() -> None:
                 f"rank correlation {spearmanr(values, measured)[0]:.3f} (MACs: {spearmanr(macs, measured)[0]:.3f}), "
                 f"n = {len(rows)}"
             )
-    for row in chosen().rows:
+    for row in chosen(at).rows:
         ratio = f"x {row['ratio']} [{row['low']}, {row['high']}]"
         print(f"by {row['by']:8} {row['target']:>5}: {row['merged']:>2} merged, {ratio}, top-1 {row['top1']}")
-    for state in dict.fromkeys(row["state"] for row in covered().rows):
-        rows = [row for row in covered().rows if row["state"] == state]
+    for state in dict.fromkeys(row["state"] for row in covered(at).rows):
+        rows = [row for row in covered(at).rows if row["state"] == state]
         inside = sum(float(row["low"]) <= 1 <= float(row["high"]) for row in rows)
         widest = max(float(row["high"]) - float(row["low"]) for row in rows)
         print(f"{state}: {inside} of {len(rows)} intervals hold 1.00, the widest is {widest:.3f} wide")
@@ -212,10 +255,13 @@ def report() -> None:
 
 if __name__ == "__main__":
     parts = {"table": table, "predictions": predictions, "plans": plans, "coverage": coverage, "report": report}
-    if sys.argv[1] == "all":
+    if sys.argv[1] == "rehearse":
+        with tempfile.TemporaryDirectory() as made:
+            small = Rehearsal(Path(made), "rehearsal", 4.0, 4, (0.95, 0.9), 2, 0.1)
+            for part in parts.values():
+                part(small)
+    elif sys.argv[1] == "all":
         for part in parts.values():
-            part()
-    elif sys.argv[1] == "coverage":
-        coverage(*sys.argv[2:])
+            part(Setting())
     else:
-        parts[sys.argv[1]]()
+        parts[sys.argv[1]](Setting(), *sys.argv[2:])

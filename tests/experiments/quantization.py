@@ -10,6 +10,8 @@ beside this file, row by row; what is there is not run again. ResNet-56 on 1,000
 training (in sequence, norms renewed, refit); 100 of the same calibration images set the ranges. The float network is
 its float32 file. MobileNetV2's stored kernels lie on an int8 grid, which flatters it: `disturbed` moves each weight by
 up to half a step. `ai-edge-quantizer` quantizes the same float file by its own recipe, with its own ranges.
+`quantization-aware training` follows the network's own float outputs, without labels, on images of the training set
+(2,000 of CIFAR-10; for MobileNetV2 those that calibrated).
 """
 
 import contextlib
@@ -29,6 +31,8 @@ from tflite_export.evaluation import _mean_kl
 WORK = Path(tempfile.gettempdir()) / "updp-tf-quantization"
 N_CIFAR = 600
 N_CALIBRATION = 100
+N_TRAINING, TRAINING_STEPS = 2_000, 500
+AI_EDGE, TRAINED = "ai-edge-quantizer", "quantization-aware training"
 N_RESNET = 14
 N_MOBILENET = 5
 WAYS = {
@@ -40,7 +44,8 @@ WAYS = {
     "correct_bias": ("correct_bias",),
     "equalize, measure_ranges, correct_bias": ("equalize", "measure_ranges", "correct_bias"),
     "equalize, clip_mse, correct_bias": ("equalize", "clip_mse", "correct_bias"),
-    "ai-edge-quantizer": None,
+    AI_EDGE: (),
+    TRAINED: (),
 }
 
 
@@ -64,6 +69,7 @@ class Cifar:
         (x_train, _), (x_test, self.labels) = load.cifar10()
         chosen = np.random.default_rng(0).choice(len(x_train), N_CIFAR, replace=False)
         self.calibration, self.images = load.cifar_preprocess(x_train[chosen]), load.cifar_preprocess(x_test)
+        self.training = load.cifar_preprocess(load.cifar10_jpeg("train", N_TRAINING)[0])
         self.model = load.resnet56()
         self.n_merged = N_RESNET
 
@@ -74,6 +80,7 @@ class ImageNet:
     def __init__(self) -> None:
         data = mobilenet.Data("even")
         self.calibration, self.images, self.labels = data.calibration, data.images, data.labels
+        self.training = data.calibration
         self.model = shared_loader().mobilenet_v2()
         self.n_merged = N_MOBILENET
 
@@ -96,7 +103,7 @@ def disturbed(model):
 
 
 def prepare(*names: str) -> None:
-    """Leave networks and images where `accuracy` reads them, so that it needs neither Keras nor TensorFlow."""
+    """Leave networks and images where `accuracy` reads them, which needs no Keras unless it trains."""
     import updp_tf
 
     WORK.mkdir(exist_ok=True)
@@ -108,6 +115,7 @@ def prepare(*names: str) -> None:
         every = np.linspace(0, len(data.calibration) - 1, N_CALIBRATION).astype(int)
         arrays = {"calibration": data.calibration[every], "images": data.images, "labels": data.labels}
         np.savez(WORK / f"{family}.npz", **arrays)
+        np.save(WORK / f"{family}_training.npy", data.training)
         model = data.model
         if edit == "disturbed":
             model = disturbed(model)
@@ -140,7 +148,6 @@ def records() -> Records:
 
 
 def accuracy(*names: str) -> None:
-    import tflite_export
     from tflite_export import ExportWorker
 
     rows = records()
@@ -149,20 +156,29 @@ def accuracy(*names: str) -> None:
         for name in [one for one in NETWORKS if one in names] or NETWORKS:
             for way, steps in ways.items():
                 rows.ensure(
-                    lambda name=name, steps=steps: row(name, steps, Path(folder), worker, tflite_export),
+                    lambda name=name, way=way, steps=steps: row(name, way, steps, Path(folder), worker),
                     network=name,
                     way=way,
                 )
 
 
-def row(name: str, steps, folder: Path, worker, tflite_export) -> dict[str, object]:
+def row(name: str, way: str, steps: tuple[str, ...], folder: Path, worker) -> dict[str, object]:
+    import tflite_export
+
     data = data_of(name.partition(", ")[0])
     images, path, exact = data["images"], folder / "model.tflite", folder / f"{file_of(name).stem}.tflite"
     if not exact.exists():
         tflite_export.export(file_of(name), exact, worker=worker)
         np.save(exact.with_suffix(".npy"), tflite_export.run_tflite(exact, images))
-    if steps is None:
+    if way == AI_EDGE:
         path.write_bytes(by_ai_edge_quantizer(exact, data["calibration"]))
+    elif way == TRAINED:
+        import keras
+
+        images_seen = np.load(WORK / f"{name.partition(', ')[0]}_training.npy")
+        tflite_export.quantize_aware(
+            keras.saving.load_model(file_of(name)), path, images_seen, steps=TRAINING_STEPS, force=True
+        )
     else:
         options = {"quantize": "int8", "calibration": data["calibration"], "post_training": steps}
         tflite_export.export(file_of(name), path, **options, force=True, worker=worker)
