@@ -70,7 +70,7 @@ def network(name: str, made: dict, images: np.ndarray):
         if name == "merged":
             n = len(updp_tf.find_blocks(before))
             made[name] = updp_tf.prune(
-                before, calibration=images, budget={"merged": n}, forms=("separable7", "conv3"), verbose=False
+                before, calibration=images, budget={"merged": n}, forms=("separable7",), verbose=False
             )
         else:
             schedule = updp_tf.Schedule(total_steps=1, until=1.0)
