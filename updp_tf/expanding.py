@@ -62,8 +62,10 @@ class Surgeon:
         if not layer.built:
             layer.build(read)
         args = (refs[0],) if len(refs) == 1 else (list(refs),)
-        written = tuple(layer.compute_output_shape(read))
-        return Node(layer.name, layer, rules.kind_of(layer), args, {}, (written,), (dtype,))
+        symbols = [keras.KerasTensor(shape, dtype) for shape in shapes]
+        # Not `compute_output_shape`, which not every layer has.
+        written = layer.compute_output_spec(symbols[0] if len(symbols) == 1 else symbols)
+        return Node(layer.name, layer, rules.kind_of(layer), args, {}, (tuple(written.shape),), (dtype,))
 
     def double(self, block: Block, fitted: Fitted, options: Mapping[str, Any]) -> None:
         """Put a form beside a block, and a blend behind both."""

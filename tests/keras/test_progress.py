@@ -130,6 +130,27 @@ def test_a_kernel_larger_than_the_image_is_expanded():
     np.testing.assert_allclose(outputs(small, x[:3])[0], outputs(student, x[:3])[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_that_does_not_tell_its_output_shape_is_expanded():
+    """Found on ConvNeXtTiny: the LayerScale of keras.applications."""
+    scale = next(
+        type(layer)
+        for layer in keras.applications.ConvNeXtTiny(weights=None, include_top=False, input_shape=(32, 32, 3)).layers
+        if type(layer).__name__ == "LayerScale"
+    )
+    inputs = keras.Input((7, 7, 6))
+    y = keras.layers.LayerNormalization()(keras.layers.DepthwiseConv2D(7, padding="same")(inputs))
+    y = keras.layers.Dense(6)(keras.layers.Activation("gelu")(keras.layers.Dense(24)(y)))
+    x = keras.layers.Add()([inputs, scale(0.5, 6)(y)])
+    model = zoo.randomise(keras.Model(inputs, zoo.head(x)))
+    x = zoo.inputs_of(model, n=60)
+    plan = updp_tf.search(model, calibration=x, budget={"merged": 1}, forms=("separable7",), verbose=False)
+    schedule = updp_tf.Schedule(total_steps=TOTAL)
+    student = updp_tf.progressive(model, plan, calibration=x, mode="expanded", schedule=schedule, verbose=False)
+    assert [one.mode for one in student.blending] == ["expanded"]
+    small = updp_tf.merge(finish(student))
+    np.testing.assert_allclose(outputs(small, x[:3])[0], outputs(student, x[:3])[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_form_that_the_layers_do_not_compose_to_is_blended_whole_and_says_why():
     model = zoo.build("residual")
     x = zoo.inputs_of(model, n=40)
