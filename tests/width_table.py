@@ -59,8 +59,10 @@ def measure(name: str, *, export: bool = True) -> list[Row]:
     """Return the rows of one model."""
     source, make, size = models()[name]
     model = logits_of(make(size))
-    x = np.random.default_rng(0).uniform(-1, 1, (2, size, size, 3)).astype("float32")
     dependencies = find_dependencies(expand(read_graph(model)))
+    # pixels where the network scales them itself: else its outputs would hardly depend on the image
+    low, high = (0, 255) if any(node.kind == "Rescaling" for node in dependencies.graph) else (-1, 1)
+    x = np.random.default_rng(0).uniform(low, high, (2, size, size, 3)).astype("float32")
     scores = group_scores(dependencies, "l2")
     rows = []
     for ratio in RATIOS:

@@ -12,8 +12,9 @@ from tests.isomorphic.oracle import check_against_oracle, cut_at
 from updp_tf.errors import RuleError
 from updp_tf.graph import read_graph
 from updp_tf.isomorphic.coupling import ELEMENTWISE
-from updp_tf.isomorphic.couplings import register_coupling
+from updp_tf.isomorphic.couplings import COUPLINGS, register_coupling
 from updp_tf.isomorphic.dependency import find_dependencies
+from updp_tf.rules import PASSIVE
 
 
 def model_of(name: str) -> keras.Model:
@@ -102,6 +103,11 @@ def test_a_reshape_that_cannot_be_followed_is_named_with_its_shapes():
     model = keras.Model(inputs, [keras.layers.Dense(2)(x), keras.layers.Dense(2)(y)])
     reasons = " ".join(str(refusal) for refusal in find_dependencies(read_graph(model)).boundaries)
     assert "reshapes (4, 4, 6) to (12, 8), whose axes cannot be followed" in reasons
+
+
+def test_what_does_nothing_at_inference_passes_channels_on():
+    """The libraries' own stochastic depths too: `cv_mit` kept 28 groups whole for want of them."""
+    assert {kind: COUPLINGS.get(kind) for kind in PASSIVE} == dict.fromkeys(PASSIVE, ELEMENTWISE)
 
 
 def test_outputs_are_never_cut():

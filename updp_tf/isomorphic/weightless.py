@@ -21,7 +21,7 @@ from updp_tf.isomorphic.coupling import (
     function_name,
 )
 from updp_tf.isomorphic.units import Labels
-from updp_tf.rules import einsum_letters
+from updp_tf.rules import PASSIVE, einsum_letters
 from updp_tf.structure import Node, Ref, Shape
 
 # --- element by element --------------------------------------------------------------------------------------------
@@ -442,10 +442,10 @@ def _any_reshape_size(cut: Cut) -> Resized:
 
 
 _ELEMENTWISE_KINDS = (
-    "Abs Absolute ActivityRegularization AlphaDropout Cast Celu Clip Dropout ELU Elu Erf Exp Expm1 GaussianDropout "
-    "GaussianNoise Gelu HardSigmoid HardSilu HardTanh Identity LeakyReLU LeakyRelu Log Log1p LogSigmoid Negative ReLU "
-    "Reciprocal Relu Relu6 Round Rsqrt Selu Sigmoid Sign Silu SoftShrink Softplus Softsign SpatialDropout1D "
-    "SpatialDropout2D Sqrt Square StochasticDepth StopGradient Tanh TanhShrink Threshold"
+    "Abs Absolute Cast Celu Clip ELU Elu Erf Exp Expm1 "
+    "Gelu HardSigmoid HardSilu HardTanh LeakyReLU LeakyRelu Log Log1p LogSigmoid Negative ReLU "
+    "Reciprocal Relu Relu6 Round Rsqrt Selu Sigmoid Sign Silu SoftShrink Softplus Softsign "
+    "Sqrt Square StopGradient Tanh TanhShrink Threshold"
 ).split()
 _SPATIAL_KINDS = (
     "AveragePooling1D AveragePooling2D Cropping1D Cropping2D GlobalAveragePooling1D GlobalAveragePooling2D "
@@ -454,7 +454,7 @@ _SPATIAL_KINDS = (
 ).split()
 
 WEIGHTLESS: dict[str, Coupling] = {
-    **dict.fromkeys(_ELEMENTWISE_KINDS, ELEMENTWISE),
+    **dict.fromkeys((*_ELEMENTWISE_KINDS, *PASSIVE), ELEMENTWISE),
     **dict.fromkeys(_SPATIAL_KINDS, Coupling(_spatial)),
     "UnitNormalization": ELEMENTWISE,
     "Activation": Coupling(_activation),
