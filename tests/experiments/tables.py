@@ -210,6 +210,23 @@ def order_of_int8(row: dict[str, str]) -> tuple[int, int]:
     return quantization.NETWORKS.index(row["network"]), list(quantization.WAYS).index(row["way"])
 
 
+def npu() -> str:
+    body = []
+    for row in rows_of("convnext_npu.csv"):
+        reads = "" if row["edgetpu_reads"] == "True" else ", but the compiler cannot read the file"
+        mapped = f"{row['edgetpu_mapped']} of {row['operators']}{reads}"
+        macs = f"{int(row['macs']) / 1e6:.0f}"
+        body.append([row["network"], macs, mapped, row["ethosu_cpu_operators"], row["ethosu_estimated_ms"]])
+    head = [
+        "ConvNeXt-Tiny, 64 pixels",
+        "MACs (M)",
+        "operators on the Edge TPU",
+        "on the CPU by Vela",
+        "Vela's estimate, ms",
+    ]
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resnet56": resnet56,
     "mobilenetv2": mobilenetv2,
@@ -219,6 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "narrowing": narrowing,
     "training": training,
     "int8": int8,
+    "npu": npu,
 }
 
 
