@@ -44,6 +44,7 @@ def pruned():
     return model, small, images
 
 
+@pytest.mark.slow
 def test_blocks_of_the_backbone_are_merged_and_its_pyramid_stays(pruned):
     model, small, _ = pruned
     assert len(small.pruning.blocks) == 5

@@ -60,7 +60,9 @@ def kl(p, q):
 # What is measured
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name", [*CLASSIFIERS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSIFIERS[2:])]
+)
 def test_the_loss_of_a_plan_is_that_of_the_merged_model(name: str) -> None:
     model = zoo.build(name)
     images = images_for(model, 60)
@@ -197,9 +199,9 @@ def test_the_best_of_random_plans(problem) -> None:
     ("method", "budget"),
     [
         ("additive", {"macs": 0.9, "params": 0.85}),
-        ("exact", {"merged": 2}),
+        pytest.param("exact", {"merged": 2}, marks=pytest.mark.slow),
         (Exact(plans=2, swaps=2), {"macs": 0.9, "params": 0.85}),
-        ("random", {"macs": 0.75}),
+        pytest.param("random", {"macs": 0.75}, marks=pytest.mark.slow),
         (Random(n=3, seed=1), {"macs": 0.9, "params": 0.85}),
         ("uniform", {"macs": 0.9, "params": 0.85}),
         (Genetic(trials=5, population=4), {"macs": 0.9, "params": 0.85}),

@@ -95,7 +95,8 @@ def assert_close(have: list[np.ndarray], want: list[np.ndarray]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["direct", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["direct", "whole"])
 def test_two_devices_of_tensorflow_train_as_one(mode: str, tmp_path: Path) -> None:
     outs = [tmp_path / "one.npz", tmp_path / "two.npz"]
     codes = zip((ONE, MIRRORED), outs, strict=True)

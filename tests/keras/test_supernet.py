@@ -42,7 +42,7 @@ def trained():
     return model, images, net, old, history
 
 
-@pytest.mark.parametrize("name", ["inverted_residuals", "residual"])
+@pytest.mark.parametrize("name", ["inverted_residuals", pytest.param("residual", marks=pytest.mark.slow)])
 def test_its_networks_are_those_that_merging_gives(name: str) -> None:
     model = zoo.build(name)
     images = images_for(model, 24)
