@@ -282,6 +282,17 @@ def residual() -> keras.Model:
     return keras.Model(inputs, head(x), name="residual")
 
 
+def residual_without_norms() -> keras.Model:
+    """Trained alike on one device and on several: each replica takes batch statistics of its own part of a batch."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((9, 11, 3))
+    x = layers.ReLU()(layers.Conv2D(6, 3, padding="same")(inputs))
+    for _ in range(3):
+        y = layers.Conv2D(6, 3, padding="same")(layers.ReLU()(layers.Conv2D(6, 3, padding="same")(x)))
+        x = layers.ReLU()(layers.Add()([x, y]))
+    return keras.Model(inputs, layers.Dense(4, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
+
+
 @in_zoo
 def bottlenecks() -> keras.Model:
     inputs, x = stem(8)

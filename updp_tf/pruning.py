@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from updp_tf.accuracy import DropLimit, agreement_drop, drop_limit, gives_classes, held_out_outputs, smallest_within
-from updp_tf.applying import blocks_of_plan, maps_of_plan
+from updp_tf.applying import arrays_beside, blocks_of_plan, maps_of_plan, plan_of
 from updp_tf.blocks import Blocks, find_blocks, network_cost, prepared_graph, require_blocks
 from updp_tf.choosing import Measures, Method, choose, method_of
 from updp_tf.console import shown
 from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, TrainingError
-from updp_tf.forms import Fitted, Form, all_forms, fitted_to_arrays, form_by_name
+from updp_tf.forms import Fitted, Form, all_forms, form_by_name
 from updp_tf.graph import fingerprint, load_model, weights_hash
 from updp_tf.judging import Judge, ScoreFn, total_divergence
 from updp_tf.learning import learn
@@ -30,7 +29,7 @@ from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.narrowing import Ranking, Width
 from updp_tf.partitioning import Solution
-from updp_tf.planning import Edit, Plan
+from updp_tf.planning import Plan
 from updp_tf.reconstructing import reconstruct
 from updp_tf.rejoining import rejoined
 from updp_tf.reporting import NarrowingReport, PruningReport, scored_blocks
@@ -310,6 +309,7 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
     if worse:
         notes = (*notes, f"explained less than a constant would on held-out images: {', '.join(worse)}; keep them")
     plan = _plan(model, blocks, found, merged.fitted, budget or ask.max_drop or DEFAULT_BUDGET)
+    with_arrays = replace(plan, edits=tuple(replace(edit, arrays=block_name(edit.blocks)) for edit in plan.edits))
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
@@ -325,8 +325,7 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
         narrowing=narrowing,
     )
     merged.model.pruning = report
-    with_arrays = replace(plan, edits=tuple(replace(edit, arrays=block_name(edit.blocks)) for edit in plan.edits))
-    return merged.model, with_arrays, _arrays(with_arrays, merged.fitted)
+    return merged.model, with_arrays, arrays_beside(with_arrays, merged.fitted)
 
 
 def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -> None:
@@ -419,7 +418,7 @@ def search(
     fitted = {block_name(one.blocks): scores.fitted[one.key] for one in found.solution.chosen}
     plan = _plan(model, blocks, found, fitted, budget or DEFAULT_BUDGET, has_arrays=path is not None)
     if path is not None:
-        plan.save(path, _arrays(plan, fitted), force=force)
+        plan.save(path, arrays_beside(plan, fitted), force=force)
     return plan
 
 
@@ -787,38 +786,5 @@ def _plan(
     *,
     has_arrays: bool = False,
 ) -> Plan:
-    chosen = found.solution.chosen
-    joined = blocks.joined(one.blocks for one in chosen)
-    edits = [
-        Edit(
-            blocks=one.blocks,
-            site=joined[block_name(one.blocks)].nodes,
-            form=one.form,
-            options=dict(one.options),
-            score=one.score,
-            r2=fitted[block_name(one.blocks)].r2,
-            arrays=block_name(one.blocks) if has_arrays else None,
-        )
-        for one in chosen
-    ]
-    return Plan(
-        fingerprint=fingerprint(blocks.graph),
-        weights=weights_hash(blocks.graph),
-        model=model.name,
-        edits=tuple(edits),
-        budget=dict(budget),
-        versions=_versions(),
-        notes=tuple(note for note in (found.note, found.report.measured and str(found.report)) if note),
-    )
-
-
-def _arrays(plan: Plan, fitted: Mapping[str, Fitted]) -> dict[str, np.ndarray]:
-    return {
-        f"{edit.arrays}/{name}": array
-        for edit in plan.edits
-        for name, array in fitted_to_arrays(fitted[block_name(edit.blocks)]).items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("updp-tf", "keras", "numpy", "scipy")}
+    notes = tuple(note for note in (found.note, found.report.measured and str(found.report)) if note)
+    return plan_of(model, blocks, found.solution.chosen, fitted, budget=budget, notes=notes, has_arrays=has_arrays)

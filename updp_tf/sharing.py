@@ -27,8 +27,8 @@ from updp_tf.walking import Progress
 FIRST = (0.0, 1 / 3, 2 / 3, 1.0)
 """Parts of the way that width goes in the first round: from depth alone to width alone."""
 
-ONE_SHOT = (0.5,)
-"""Where nothing is measured."""
+ONE_SHOT = 0.5
+"""Part of the way that width goes where nothing is measured."""
 
 Merge = Callable[[Sequence[Candidate]], Merged]
 """Returns the network with forms in it."""
@@ -132,7 +132,7 @@ def share_budget(
         return tried[key]
 
     if budget.merged is not None or loss is None:
-        attempt(ONE_SHOT[0])
+        attempt(ONE_SHOT)
     else:
         shares = list(FIRST)
         for number in range(rounds):

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import keras
 import numpy as np
 import pytest
-from keras import layers
 
 import updp_tf
+from tests import zoo
 from updp_tf import Augmentation, Training
 from updp_tf.errors import TrainingError
 from updp_tf.training import Batches
@@ -75,16 +75,6 @@ def test_a_recipe_belongs_to_what_decides_the_result() -> None:
     assert Training().as_json()["augmentation"] is None
 
 
-def _network() -> keras.Model:
-    keras.utils.set_random_seed(1)
-    inputs = keras.Input((9, 11, 3))
-    x = layers.ReLU()(layers.Conv2D(6, 3, padding="same")(inputs))
-    for _ in range(3):
-        y = layers.Conv2D(6, 3, padding="same")(layers.ReLU()(layers.Conv2D(6, 3, padding="same")(x)))
-        x = layers.ReLU()(layers.Add()([x, y]))
-    return keras.Model(inputs, layers.Dense(4, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
-
-
 def test_averaged_weights_do_not_depend_on_checkpoints() -> None:
     """Keras' fit ends with moving averages in the place of weights; here it ends at every checkpoint."""
     images = np.random.default_rng(0).normal(size=(48, 9, 11, 3)).astype("float32")
@@ -98,7 +88,12 @@ def test_averaged_weights_do_not_depend_on_checkpoints() -> None:
             checkpoint_steps=checkpoint_steps,
         )
         small = updp_tf.prune(
-            _network(), calibration=images, budget={"merged": 2}, train=images, training=training, verbose=False
+            zoo.residual_without_norms(),
+            calibration=images,
+            budget={"merged": 2},
+            train=images,
+            training=training,
+            verbose=False,
         )
         return small.get_weights()
 

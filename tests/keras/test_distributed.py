@@ -16,28 +16,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Without BatchNormalization: MirroredStrategy takes its statistics over each replica's part of a batch.
-NETWORK = """
+PRUNED = """
 import sys
 import keras
 import numpy as np
-from keras import layers
 import updp_tf
-
-def network():
-    keras.utils.set_random_seed(1)
-    inputs = keras.Input((9, 11, 3))
-    x = layers.ReLU()(layers.Conv2D(6, 3, padding="same")(inputs))
-    for _ in range(3):
-        y = layers.Conv2D(6, 3, padding="same")(layers.ReLU()(layers.Conv2D(6, 3, padding="same")(x)))
-        x = layers.ReLU()(layers.Add()([x, y]))
-    return keras.Model(inputs, layers.Dense(4, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
+from tests import zoo
 
 def pruned():
     images = np.random.default_rng(0).normal(size=(48, 9, 11, 3)).astype("float32")
     training = updp_tf.Training(epochs=3, batch_size=16, learning_rate=0.05, mode=sys.argv[2])
     small = updp_tf.prune(
-        network(), calibration=images, budget={"merged": 2}, train=images, training=training, verbose=False
+        zoo.residual_without_norms(),
+        calibration=images,
+        budget={"merged": 2},
+        train=images,
+        training=training,
+        verbose=False,
     )
     return [keras.ops.convert_to_numpy(weight) for weight in small.weights]
 
@@ -71,7 +66,7 @@ save(pruned())
 
 def started(code: str, out: Path, *arguments: str, backend: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", NETWORK + code, str(out), *arguments],
+        [sys.executable, "-c", PRUNED + code, str(out), *arguments],
         env={**os.environ, "KERAS_BACKEND": backend, **environment},
         cwd=ROOT,
         stderr=subprocess.PIPE,
