@@ -30,7 +30,7 @@ from tflite_export.errors import (
 )
 from tflite_export.flatbuffer import TfliteModel, read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
-from tflite_export.post_training import CORRECT_BIAS, EQUALIZE, RANGES
+from tflite_export.post_training import CORRECT_BIAS, EQUALIZE, RANGES, short_name
 from tflite_export.schemes import INTEGER_SCHEMES
 from tflite_export.steps import Step
 
@@ -129,7 +129,7 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
     samples = _samples(request, model, names, notes)
     cleaned, steps = _cleaned(model, names, request, samples, progress)
     progress("converting")
-    data, after = _convert_bytes(cleaned, names, _output_names(model), request, samples, progress)
+    data, after, kept = _convert_bytes(cleaned, names, _output_names(model), request, samples, progress)
     del cleaned
     progress("checking the file")
     _write_bytes(Path(request["output"]), data)
@@ -137,11 +137,12 @@ def _convert(request: dict[str, Any], progress: Callable[[str], None]) -> dict[s
     _check_operators(file, model.name)
     error = _largest_error(model, names, data, samples)
     _judge_error(error, request["quantize"], model.name, notes)
-    float_tensors, float_operators = _left_in_float(file, request)
+    float_tensors, float_operators = _left_in_float(file, request, kept)
     return {
         "operators": file.operator_counts,
         "float_tensors": float_tensors,
         "float_operators": float_operators,
+        "float_layers": {short_name(name): db for name, db in kept.items()},
         "select_operators": list(file.select_operators),
         "input_names": list(file.input_names),
         "output_names": list(file.output_names),
@@ -331,8 +332,8 @@ def _convert_bytes(
     request: dict[str, Any],
     samples: Mapping[str, np.ndarray],
     progress: Callable[[str], None],
-) -> tuple[bytes, tuple[Step, ...]]:
-    """Return the file, and what was done for its accuracy."""
+) -> tuple[bytes, tuple[Step, ...], dict[str, float]]:
+    """Return the file, what was done for its accuracy, and what is in float for it, by tensor."""
     import tensorflow as tf
     from tensorflow.lite.python.convert_phase import ConverterError
 
@@ -340,8 +341,9 @@ def _convert_bytes(
         function = _concrete_function(model, names, output_names)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([function], _variable_holder(model))
         _set_scheme(converter, request, model, names, samples)
-        if not {*RANGES, CORRECT_BIAS} & set(request["post_training"]) and not request["float_copy"]:
-            return converter.convert(), ()
+        in_steps = {*RANGES, CORRECT_BIAS} & set(request["post_training"]) or request["float_copy"]
+        if not in_steps and request["float_below_db"] is None:
+            return converter.convert(), (), {}
         return _quantize_in_steps(converter, request, samples, progress)
     except ModelError:
         raise
@@ -354,10 +356,11 @@ def _convert_bytes(
 
 def _quantize_in_steps(
     converter: Any, request: dict[str, Any], samples: Mapping[str, np.ndarray], progress: Callable[[str], None]
-) -> tuple[bytes, tuple[Step, ...]]:
+) -> tuple[bytes, tuple[Step, ...], dict[str, float]]:
     """Calibrate, set the ranges, quantize, correct the biases: what `convert` does, with our steps between."""
     from tensorflow.lite.python.convert import mlir_quantize
 
+    from tflite_export.noise import KEEP_FLOAT, keep_noisy_in_float
     from tflite_export.post_training import correct_biases, set_ranges
 
     steps: list[Step] = []
@@ -373,20 +376,37 @@ def _quantize_in_steps(
             steps.append(step)
     if request["float_copy"]:
         _write_bytes(Path(request["output"]).with_suffix(".float"), calibrated)
-    quantized = mlir_quantize(
-        calibrated,
-        input_data_type=converter.inference_input_type,
-        output_data_type=converter.inference_output_type,
-        disable_per_channel_for_dense_layers=request["target"] == "edgetpu",
-    )
+
+    def quantized_without(names: list[str]) -> bytes:
+        return bytes(
+            mlir_quantize(
+                calibrated,
+                input_data_type=converter.inference_input_type,
+                output_data_type=converter.inference_output_type,
+                denylisted_nodes=names,
+                disable_per_channel_for_dense_layers=request["target"] == "edgetpu",
+            )
+        )
+
+    quantized = quantized_without([])
+    kept: dict[str, float] = {}
+    if request["float_below_db"] is not None:
+        progress("measuring the noise of each operator")
+        try:
+            quantized, kept, step = keep_noisy_in_float(
+                quantized, calibrated, samples, below_db=request["float_below_db"], requantize=quantized_without
+            )
+        except DeviceError as error:
+            step = Step(KEEP_FLOAT, refused=((request["label"], str(error)),))
+        steps.append(step)
     if CORRECT_BIAS in request["post_training"]:
         progress("correcting biases")
         try:
-            quantized, step = correct_biases(bytes(quantized), calibrated, samples)
+            quantized, step = correct_biases(quantized, calibrated, samples)
         except DeviceError as error:
             step = Step(CORRECT_BIAS, refused=((request["label"], str(error)),))
         steps.append(step)
-    return bytes(quantized), tuple(steps)
+    return quantized, tuple(steps), kept
 
 
 def _concrete_function(model: Any, names: list[str], output_names: list[str]) -> Any:
@@ -520,7 +540,9 @@ def _judge_error(error: float, quantize: str, label: str, notes: list[str]) -> N
         )
 
 
-def _left_in_float(file: TfliteModel, request: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _left_in_float(
+    file: TfliteModel, request: dict[str, Any], kept: Mapping[str, float]
+) -> tuple[list[str], list[str]]:
     """Return the float tensors of an integer file that nobody asked for, and the operators that compute on them."""
     if request["quantize"] not in INTEGER_SCHEMES:
         return [], []
@@ -528,6 +550,9 @@ def _left_in_float(file: TfliteModel, request: dict[str, Any]) -> tuple[list[str
     operators: set[str] = set()
     for index, subgraph in enumerate(file.subgraphs):
         asked = {*subgraph.inputs, *subgraph.outputs} if index == 0 and request["input_dtype"] == "float32" else set()
+        for operator in subgraph.operators:
+            if kept.keys() & {subgraph.tensors[i].name for i in operator.outputs}:
+                asked |= {*operator.inputs, *operator.outputs}
         left = {i for i, t in enumerate(subgraph.tensors) if t.dtype == "float32" and i not in asked}
         tensors += [subgraph.tensors[i].name for i in sorted(left)]
         operators |= {o.name for o in subgraph.operators if left & {*o.inputs, *o.outputs}}

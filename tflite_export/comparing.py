@@ -16,12 +16,11 @@ import numpy as np
 from tflite_export.errors import DataError
 from tflite_export.files import check_target, place
 from tflite_export.flatbuffer import read_bytes
-from tflite_export.interpreter import quantize
-from tflite_export.layerwise import OperatorFile, Walk, real_values
-from tflite_export.post_training import images_at_once, short_name, stored_inputs
+from tflite_export.layerwise import OperatorFile
+from tflite_export.noise import CONVERSIONS, decibels, noise_sums
+from tflite_export.post_training import short_name
 
 Progress = Callable[[int, int, str], None]
-_CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 
 
 @dataclass(frozen=True)
@@ -162,34 +161,31 @@ def compare(
     named = dict(images) if isinstance(images, Mapping) else {files["float"].model.input_names[0]: np.asarray(images)}
     n = min(len(array) for array in named.values())
     _check_images(files["float"], named, n)
-    written = _common_outputs(files["float"], files["int"])
-    totals: dict[int, np.ndarray] = {}
-    step = images_at_once(files["float"])
-    for start in range(0, n, step):
-        chunk = {name: array[start : start + step] for name, array in named.items()}
-        for number, sums in _errors(files, chunk, written).items():
-            totals[number] = totals.get(number, np.zeros(3)) + sums
-        if progress:
-            progress(min(start + step, n), n, f"comparing '{path}'")
+    totals = noise_sums(
+        files["float"],
+        files["int"],
+        named,
+        progress=progress and (lambda done, count: progress(done, count, f"comparing '{path}'")),
+    )
     graph = files["int"].graph
     if not totals:
         raise DataError(f"'{reference}' and '{path}' have no layer in common: export both from one model.")
     rows = []
-    for number, (signal, gathered, own) in sorted(totals.items()):
+    for number, (signal, gathered, own) in totals.items():
         tensor = graph.tensors[graph.operators[number].outputs[0]]
         rows.append(
             LayerError(
                 short_name(tensor.name),
                 graph.operators[number].name,
                 tensor.shape,
-                _decibels(signal, gathered),
-                _decibels(signal, own),
+                decibels(signal, gathered),
+                decibels(signal, own),
             )
         )
     skipped = [
         short_name(graph.tensors[one.outputs[0]].name)
         for number, one in enumerate(graph.operators)
-        if number not in totals and one.name not in _CONVERSIONS
+        if number not in totals and one.name not in CONVERSIONS
     ]
     return Comparison(Path(reference), Path(path), n, tuple(_numbered(rows)), tuple(skipped))
 
@@ -200,71 +196,6 @@ def _check_images(file: OperatorFile, named: Mapping[str, np.ndarray], n: int) -
         if name not in named or not n or named[name].shape[1:] != shape[1:]:
             given = {key: array.shape for key, array in named.items()}
             raise DataError(f"input '{name}' of '{file.model.source}' takes images of shape {shape[1:]}, not {given}.")
-
-
-def _common_outputs(exact: OperatorFile, rounded: OperatorFile) -> dict[str, int]:
-    """Return the operator of the float file that writes each tensor that both files have, by the tensor's name."""
-    shapes = {tensor.name: tensor.shape for tensor in rounded.graph.tensors}
-    operators = enumerate(exact.graph.operators)
-    found = [(exact.graph.tensors[i], number) for number, one in operators for i in one.outputs]
-    names = [tensor.name for tensor, _ in found]
-    # A name that stands twice says nothing.
-    return {
-        tensor.name: number
-        for tensor, number in found
-        if names.count(tensor.name) == 1 and shapes.get(tensor.name) == tensor.shape
-    }
-
-
-def _errors(
-    files: Mapping[str, OperatorFile], images: Mapping[str, np.ndarray], written: Mapping[str, int]
-) -> dict[int, np.ndarray]:
-    """Return signal, gathered noise and own noise of each operator of the integer file, sums over the images.
-
-    Args:
-        files: "float" and "int".
-        images: by name of the input.
-        written: number of the operator of the float file that writes each tensor, by the tensor's name.
-    """
-    exact, rounded = files["float"].graph, files["int"].graph
-    leading, next_number = Walk(files["float"], stored_inputs(files["float"], images)), 0
-    walk = Walk(files["int"], stored_inputs(files["int"], images))
-    # Float values by name: as long as an operator of the integer file reads or writes a tensor of that name.
-    held = {exact.tensors[i].name: value for i, value in leading.values.items()}
-    last = {
-        rounded.tensors[i].name: number
-        for number, one in enumerate(rounded.operators)
-        for i in (*one.inputs, *one.outputs)
-        if i >= 0
-    }
-    sums: dict[int, np.ndarray] = {}
-    for number, operator in enumerate(rounded.operators):
-        output = operator.outputs[0]
-        tensor = rounded.tensors[output]
-        reads = {i: rounded.tensors[i] for i in walk.reads(number)}
-        found = walk.advance(number)[output]
-        if operator.name not in _CONVERSIONS and tensor.name in written:
-            while next_number <= written[tensor.name]:
-                held |= {exact.tensors[i].name: value for i, value in leading.advance(next_number).items()}
-                next_number += 1
-            target = held[tensor.name].astype(np.float64)
-            noises = [np.square(real_values(found, tensor) - target).sum(), np.nan]
-            if all(one.name in held for one in reads.values()):
-                fed = {i: quantize(held[one.name], one) for i, one in reads.items()}
-                alone = files["int"].run_one(number, fed)[output]
-                noises[1] = np.square(real_values(alone, tensor) - target).sum()
-            sums[number] = np.array([np.square(target).sum(), *noises])
-        for name in [one for one in held if last.get(one, -1) <= number]:
-            del held[name]
-    return sums
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    if np.isnan(noise):
-        return None
-    if noise == 0:
-        return float(np.inf)
-    return float(10 * np.log10(max(signal, 1e-30) / noise))
 
 
 def _numbered(rows: list[LayerError]) -> list[LayerError]:

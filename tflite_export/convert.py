@@ -42,6 +42,8 @@ class ExportResult:
         operators: how often each operator occurs.
         float_tensors: of an integer file, the tensors that stayed float32 without being asked for.
         float_operators: the operators that compute on them.
+        float_layers: layers that compute in float because `float_below_db` asked for it, with the signal over noise
+            that each had alone in integers, in dB.
         select_operators: operators that need TensorFlow inside the runtime; always empty, since such files are refused.
         input_names: names in the signature "serving_default".
         output_names: names in the signature "serving_default".
@@ -62,6 +64,7 @@ class ExportResult:
     operators: dict[str, int]
     float_tensors: tuple[str, ...]
     float_operators: tuple[str, ...]
+    float_layers: dict[str, float]
     select_operators: tuple[str, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
@@ -85,6 +88,9 @@ class ExportResult:
         ]
         if self.float_tensors:
             lines.append(f"  left in float32: {len(self.float_tensors)} tensors of {', '.join(self.float_operators)}")
+        if self.float_layers:
+            layers = ", ".join(f"'{name}' ({db:.1f} dB)" for name, db in self.float_layers.items())
+            lines.append(f"  kept in float32: {layers}")
         told = [*self.steps, *(f"note: {note}" for note in self.notes)]
         return "\n".join([*lines, *(f"  {one}" for one in told)])
 
@@ -128,6 +134,7 @@ def export(
     input_normalization: str = "fold",
     clean: bool = True,
     post_training: Sequence[str] = DEFAULT_STEPS,
+    float_below_db: float | None = None,
     float_copy: str | Path | None = None,
     labels: Sequence[str] | None = None,
     normalization: tuple[Any, Any] | None = None,
@@ -160,6 +167,9 @@ def export(
         post_training: what is done for the accuracy of int8, () for nothing: "equalize" gives the channels of a tensor
             equal ranges; "measure_ranges" takes the range of each activation from the calibration images, "clip_mse"
             and "clip_percentile" a narrower one; "correct_bias" makes up for the mean error of each layer.
+        float_below_db: of int8, operators whose own signal over noise, measured on calibration images, is less than
+            this many dB compute in float, if the end of the network gains by it; None for integers everywhere.
+            `ExportResult.float_layers` says which. NPUs that run integers alone leave them to the CPU.
         float_copy: where the float file goes that the int8 file was quantized from: what `compare` compares it with.
         labels: name of each class; told inside the file as TFLite Metadata, and in a JSON file beside it
             (`model.tflite.json`), with this call's result.
@@ -181,7 +191,7 @@ def export(
         >>> print(result)  # doctest: +SKIP
     """
     job = _Job(model, Path(path), None if float_copy is None else Path(float_copy), make_meaning(labels, normalization))
-    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training)
+    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training, float_below_db)
     images = _Images(calibration, calibration_limit)
     return _export([job], scheme, images, force=force, worker=worker, progress=progress)[0]
 
@@ -197,6 +207,7 @@ def export_many(
     input_normalization: str = "fold",
     clean: bool = True,
     post_training: Sequence[str] = DEFAULT_STEPS,
+    float_below_db: float | None = None,
     force: bool = False,
     worker: ExportWorker | None = None,
     progress: Progress | None = None,
@@ -214,6 +225,7 @@ def export_many(
         input_normalization: as in `export`.
         clean: as in `export`.
         post_training: as in `export`.
+        float_below_db: as in `export`.
         force: as in `export`.
         worker: as in `export`.
         progress: as in `export`; counts the steps of all models.
@@ -225,7 +237,7 @@ def export_many(
         TfliteExportError: as in `export`; the files of the models before the one that failed stay.
     """
     jobs = [_Job(model, Path(path)) for model, path in models]
-    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training)
+    scheme = Scheme(quantize, input_dtype, target, input_normalization, clean, post_training, float_below_db)
     images = _Images(calibration, calibration_limit)
     return _export(jobs, scheme, images, force=force, worker=worker, progress=progress)
 
@@ -251,7 +263,8 @@ def _export(
     if not jobs:
         return ()
     images = calibration.collect(scheme)
-    steps = _Steps(progress, (_STEPS_PER_MODEL + len(scheme.accuracy_steps)) * len(jobs))
+    n_steps = _STEPS_PER_MODEL + len(scheme.accuracy_steps) + (scheme.float_below_db is not None)
+    steps = _Steps(progress, n_steps * len(jobs))
     with _work_folder() as folder, _running(worker) as converter:
         request = scheme.as_json() | _save_calibration(images, folder)
         results: list[ExportResult] = []

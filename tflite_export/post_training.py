@@ -25,7 +25,7 @@ _PERCENTILE = 99.99
 _LEVELS = 255
 _SHRINKS = np.linspace(0.3, 1.0, 71)
 _BIASED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-_FIXED_RANGE = ("SOFTMAX", "LOGISTIC", "TANH", "L2_NORMALIZATION")
+FIXED_RANGE = ("SOFTMAX", "LOGISTIC", "TANH", "L2_NORMALIZATION")
 """Operators whose output range the runtime prescribes."""
 
 
@@ -45,7 +45,7 @@ def set_ranges(calibrated: bytes, samples: Mapping[str, np.ndarray], *, method: 
         The file, and what was done.
     """
     file = OperatorFile(calibrated)
-    seen = _seen_values(file, samples, spare=_final_tensors(file))
+    seen = _seen_values(file, samples, spare=final_tensors(file))
     places = _range_places(calibrated)
     data, changed, kept = bytearray(calibrated), [], []
     for index, (values, low, high) in seen.items():
@@ -72,7 +72,7 @@ def _seen_values(
         walk = Walk(file, stored_inputs(file, {name: array[chunk] for name, array in samples.items()}))
         for number, operator in enumerate(file.graph.operators):
             for index, values in walk.advance(number).items():
-                if values.dtype != np.float32 or index in spare or operator.name in _FIXED_RANGE:
+                if values.dtype != np.float32 or index in spare or operator.name in FIXED_RANGE:
                     continue
                 flat = values.reshape(len(values), -1)
                 n = min(_SAMPLES_PER_IMAGE, flat.shape[1])
@@ -83,10 +83,10 @@ def _seen_values(
     return {index: (np.concatenate(parts), *limits[index]) for index, parts in picked.items()}
 
 
-def _final_tensors(file: OperatorFile) -> set[int]:
+def final_tensors(file: OperatorFile) -> set[int]:
     """Outputs, and what their activation reads: large values there are the answer, not outliers."""
     last = [one for one in file.graph.operators if set(one.outputs) & set(file.graph.outputs)]
-    return {*file.graph.outputs, *(index for one in last if one.name in _FIXED_RANGE for index in one.inputs)}
+    return {*file.graph.outputs, *(index for one in last if one.name in FIXED_RANGE for index in one.inputs)}
 
 
 def _best_range(values: np.ndarray, low: float, high: float, method: str) -> tuple[float, float]:

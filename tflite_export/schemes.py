@@ -36,6 +36,7 @@ class Scheme:
     input_normalization: str
     clean: bool
     post_training: Sequence[str]
+    float_below_db: float | None = None
 
     def __post_init__(self) -> None:
         quantize, target = self.quantize, self.target
@@ -54,6 +55,7 @@ class Scheme:
                 f"input_normalization must be one of {_INPUT_NORMALIZATION}, not {self.input_normalization!r}."
             )
         self._check_post_training()
+        self._check_float()
 
     def _check_post_training(self) -> None:
         steps = self.post_training
@@ -63,6 +65,19 @@ class Scheme:
             raise OptionError(f"post_training takes one of {RANGES}, not several.")
         if EQUALIZE in steps and not self.clean and tuple(steps) != DEFAULT_STEPS:
             raise OptionError(f"{EQUALIZE!r} needs the norms folded: leave clean=True.")
+
+    def _check_float(self) -> None:
+        if self.float_below_db is None:
+            return
+        if not 0 < self.float_below_db < float("inf"):
+            raise OptionError(f"float_below_db is a signal over noise in dB above 0, not {self.float_below_db!r}.")
+        if self.quantize != "int8":
+            raise OptionError(f"float_below_db is for int8, not {self.quantize!r}: leave it out.")
+        if self.target == "edgetpu":
+            raise OptionError(
+                "float_below_db leaves operators in float, and the Edge TPU runs nothing behind the first of them: "
+                "leave it out, or export without a target."
+            )
 
     @property
     def integer(self) -> bool:
@@ -88,4 +103,5 @@ class Scheme:
             "input_normalization": self.input_normalization,
             "clean": self.clean,
             "post_training": list(self.accuracy_steps),
+            "float_below_db": self.float_below_db,
         }

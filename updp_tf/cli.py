@@ -371,6 +371,10 @@ def export(
     post_training: Annotated[
         str, typer.Option(metavar="STEPS", help=f"For int8, with commas: {', '.join(STEPS)}; or none.")
     ] = ",".join(DEFAULT_STEPS) or "none",
+    float_below_db: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="For int8: keep noisier operators in float, if that helps."),
+    ] = None,
     float_copy: Annotated[
         Path | None, typer.Option(metavar="FLOAT.tflite", help="Write what int8 was quantized from, for `compare`.")
     ] = None,
@@ -401,6 +405,7 @@ def export(
             input_normalization=input_normalization.value,
             clean=clean,
             post_training=step_names(post_training),
+            float_below_db=float_below_db,
             float_copy=float_copy,
             labels=None if labels is None else read_lines(labels),
             normalization=None if mean is None or std is None else (floats(mean, "--mean"), floats(std, "--std")),

@@ -16,6 +16,7 @@ up to half a step. `ai-edge-quantizer` quantizes the same float file by its own 
 
 import contextlib
 import io
+import shutil
 import sys
 import tempfile
 from functools import cache
@@ -31,7 +32,8 @@ from tflite_export.evaluation import _mean_kl
 WORK = Path(tempfile.gettempdir()) / "updp-tf-quantization"
 N_CIFAR = 600
 N_CALIBRATION = 100
-N_TRAINING, TRAINING_STEPS = 2_000, 500
+N_TRAINING = 2_000
+TRAINING_STEPS = {"ResNet-56": 500, "MobileNetV2": 60}  # of 32 images: minutes of one core
 AI_EDGE, TRAINED = "ai-edge-quantizer", "quantization-aware training"
 N_RESNET = 14
 N_MOBILENET = 5
@@ -166,18 +168,20 @@ def row(name: str, way: str, steps: tuple[str, ...], folder: Path, worker) -> di
     import tflite_export
 
     data = data_of(name.partition(", ")[0])
-    images, path, exact = data["images"], folder / "model.tflite", folder / f"{file_of(name).stem}.tflite"
+    images, path, exact = data["images"], folder / "model.tflite", file_of(name).with_suffix(".tflite")
     if not exact.exists():
-        tflite_export.export(file_of(name), exact, worker=worker)
-        np.save(exact.with_suffix(".npy"), tflite_export.run_tflite(exact, images))
+        tflite_export.export(file_of(name), folder / exact.name, worker=worker)
+        np.save(exact.with_suffix(".npy"), tflite_export.run_tflite(folder / exact.name, images))
+        shutil.copy(folder / exact.name, exact)
     if way == AI_EDGE:
         path.write_bytes(by_ai_edge_quantizer(exact, data["calibration"]))
     elif way == TRAINED:
         import keras
 
-        images_seen = np.load(WORK / f"{name.partition(', ')[0]}_training.npy")
+        family = name.partition(", ")[0]
+        images_seen, steps = np.load(WORK / f"{family}_training.npy"), TRAINING_STEPS[family]
         tflite_export.quantize_aware(
-            keras.saving.load_model(file_of(name)), path, images_seen, steps=TRAINING_STEPS, force=True
+            keras.saving.load_model(file_of(name)), path, images_seen, steps=steps, force=True, progress=print
         )
     else:
         options = {"quantize": "int8", "calibration": data["calibration"], "post_training": steps}
