@@ -1,0 +1,59 @@
+"""MobileNetV2 (ImageNet weights) at 224: channels cut inside blocks without training, by what ranks and what mends.
+
+    uv run --frozen python -m tests.experiments.mobilenet_v2_narrowing
+
+Writes mobilenet_v2_narrowing.csv beside this file, row by row; what is there is not run again. Calibrated on 400 images
+of the even ImageNet classes, evaluated on those of the odd ones and 500 held-out images of ImageNet's validation set,
+as in mobilenet_v2_merging.py. Widths are multiples of 8. `less` is the factor by which MACs had to fall.
+"""
+
+from tests.experiments.mobilenet_v2_merging import Data
+from tests.experiments.records import HERE, Records, shared_loader
+from tests.experiments.resnet56_merging import macs_of
+from tests.experiments.resnet56_narrowing import MENDS, RANKINGS
+
+DIRECTION = "even"
+LESS = (1.2, 1.5)
+
+
+def main() -> None:
+    from updp_tf.narrowing import narrow
+
+    key = ("direction", "scope", "importance", "mend", "less")
+    records = Records(HERE / "mobilenet_v2_narrowing.csv", key, ("macs", "params", "ratio", "top1", "n"))
+    model, data = shared_loader().mobilenet_v2(), Data(DIRECTION)
+
+    def row(scope: str, importance: str, mend: str, less: float) -> dict[str, object]:
+        small = model
+        told = {"ratio": "0.0000"}
+        if scope != "original":
+            small = narrow(
+                model,
+                budget={"macs": 1 / less},
+                calibration=None if mend == "none" else data.calibration,
+                scope=scope,
+                importance=importance,
+                refit=mend == "refit",
+            )
+            told["ratio"] = f"{small.narrowing.ratio:.4f}"
+        top1 = float(data.hits(small).mean())
+        return told | {
+            "macs": macs_of(small),
+            "params": small.count_params(),
+            "top1": f"{top1:.4f}",
+            "n": len(data.labels),
+        }
+
+    def ensure(scope: str, importance: str, mend: str, less: float) -> None:
+        values = dict(zip(key, (DIRECTION, scope, importance, mend, less), strict=True))
+        records.ensure(lambda: row(scope, importance, mend, less), **values)
+
+    ensure("original", "-", "-", 1.0)
+    for mend in MENDS:
+        for less in LESS:
+            for scope, importance in RANKINGS:
+                ensure(scope, importance, mend, less)
+
+
+if __name__ == "__main__":
+    main()
