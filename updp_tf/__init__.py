@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
     from updp_tf.learning import Learned
-    from updp_tf.measuring import estimate_latency, measure_latency
+    from updp_tf.measuring import Target, estimate_latency, measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
     from updp_tf.narrowing import Width, narrow
     from updp_tf.planning import Plan
@@ -78,6 +78,7 @@ _MODULE_BY_NAME = {
     "Coupling": "isomorphic.coupling",
     "per_channel": "isomorphic.coupling",
     "register_coupling": "isomorphic.couplings",
+    "Target": "measuring",
     "estimate_latency": "measuring",
     "measure_latency": "measuring",
     "fold_norms": "mending",
@@ -146,6 +147,7 @@ __all__ = [
     "Supernet",
     "Uniform",
     "Sweep",
+    "Target",
     "Training",
     "TrainingError",
     "Unsupported",

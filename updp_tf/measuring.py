@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from updp_tf.blocks import find_blocks, prepared_graph
 from updp_tf.console import shown
+from updp_tf.cost import NS_PER_MS
 from updp_tf.forms import all_forms, form_by_name
 from updp_tf.timing import NETWORKS, depthwise_macs, latency_items
 
 if TYPE_CHECKING:
     from tflite_export import DeviceOptions, Estimate, LatencyTable
+
+N_IMAGES = 4
+"""That networks are quantized with to be timed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, and how networks run on it.
+
+    Attributes:
+        device: where to run, as for `tflite_export.benchmark`.
+        precision: "float32", "float16", "dynamic" or "int8".
+        threads: that one inference may use.
+        device_options: what else the device should know.
+        min_seconds: least running time of each network in a visit.
+    """
+
+    device: str = "local"
+    precision: str = "int8"
+    threads: int = 1
+    device_options: DeviceOptions | None = None
+    min_seconds: float = 1.0
+
+    def measure(self, models: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Return the nanoseconds of each network and the bytes of its file; all are timed in turns, in one visit.
+
+        Args:
+            models: by names that files may have; times are the first one's times their ratios to it.
+
+        Raises:
+            TfliteExportError: a network cannot be exported, or the device is absent or went away.
+        """
+        from tflite_export import ExportWorker, benchmark, export_many
+
+        # ranges of integers change no times
+        shape = next(iter(models.values())).input_shape[1:]
+        images = np.random.default_rng(0).normal(size=(N_IMAGES, *shape)).astype("float32")
+        with tempfile.TemporaryDirectory() as folder, ExportWorker() as worker:
+            paths = {name: Path(folder) / f"{name}.tflite" for name in models}
+            jobs = [(model, paths[name]) for name, model in models.items()]
+            export_many(jobs, quantize=self.precision, calibration=images, post_training=(), worker=worker)
+            rows = benchmark(
+                list(paths.values()),
+                device=self.device,
+                options=self.device_options,
+                threads=self.threads,
+                min_seconds=self.min_seconds,
+            ).rows
+        first_ns = rows[0].median_ms * NS_PER_MS
+        return {name: (round(row.ratio * first_ns), row.size_bytes) for name, row in zip(models, rows, strict=True)}
 
 
 def measure_latency(

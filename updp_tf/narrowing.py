@@ -6,15 +6,15 @@ images, norms are renewed and the layer that closes each block is refitted, in s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from updp_tf.blocks import find_blocks_in, network_cost, prepared_graph
 from updp_tf.console import shown
-from updp_tf.cost import Budget, readable
+from updp_tf.cost import TABLE_UNITS, Budget, readable
 from updp_tf.errors import BudgetError, ModelError
 from updp_tf.expansions import expand
 from updp_tf.graph import build_model, read_graph
@@ -32,9 +32,21 @@ from updp_tf.walking import Progress, Tensors, Unit, Walk, one_blas_thread, unit
 BISECTIONS = 12
 """Halvings of the ratio while a budget is met: the ratio is known to one part in 4,096."""
 
+VISITS = 3
+"""To a device, while a budget in time is met."""
+PER_VISIT = 5
+"""Ratios between the last two, timed in one visit: at the end the ratio is known to one part in 216."""
+
 Allocation = Literal["ratio", "score"]
 
 ALLOCATIONS: tuple[Allocation, ...] = ("ratio", "score")
+
+
+class Measurer(Protocol):
+    """What tells the time of networks and the size of their files: `updp_tf.Target` on a device."""
+
+    def measure(self, models: Mapping[str, Any]) -> Mapping[str, tuple[int, int]]:
+        """Return nanoseconds and bytes by the names of the models."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ def narrow(
     ignore: Collection[str] = (),
     steps: int = 1,
     refit: bool = True,
+    target: Measurer | None = None,
     seed: int = 0,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
     verbose: bool = True,
@@ -97,7 +110,8 @@ def narrow(
     Args:
         model: a built Functional or Sequential Keras 3 model; it is not changed.
         ratio: part of the channels that goes, in (0, 1); give this or `budget`.
-        budget: what the result may cost, as in `prune`: the smallest ratio within it is looked for.
+        budget: what the result may cost, as in `prune`: the smallest ratio within it is looked for. For times and
+            bytes of files, networks of several ratios are exported and measured beside the original.
         calibration: images as the model reads them. With them, norms are renewed and closing layers refitted;
             `activation`, `taylor` and `hessian` need them.
         labels: of the images, for gradients by the loss the model was compiled with; its own answers where None.
@@ -109,6 +123,7 @@ def narrow(
         ignore: names of layers whose own channels are kept.
         steps: cut in so many steps, scored anew before each.
         refit: refit closing layers to the calibration images; False only renews norms.
+        target: what a budget in time or bytes is measured on: a `Target`.
         seed: of `random`, and of sampled positions.
         memory_bytes: activations beyond this go to disk.
         verbose: show progress on standard error.
@@ -117,12 +132,14 @@ def narrow(
         A Keras model; `model.narrowing` is its `NarrowingReport`, which is not saved with it.
 
     Raises:
-        BudgetError: neither or both of `ratio` and `budget`, a ratio outside (0, 1), a budget that cannot be met.
+        BudgetError: neither or both of `ratio` and `budget`, a ratio outside (0, 1), a budget that cannot be met, one
+            in time or bytes without a `target`.
         CalibrationError: an importance that needs images without them.
         ModelError: a model that cannot be read, no channels that can be cut, unknown names, NaN gradients.
+        TfliteExportError: the target's device is absent or went away.
     """
     width = Width(scope, importance, allocation, round_to, streams, tuple(ignore))
-    amount = _checked(ratio, budget, width, steps)
+    amount = _checked(ratio, budget, width, steps, target)
     # composite layers hide channels; activations inside layers only matter to fits
     graph = prepared_graph(model) if calibration is not None else expand(read_graph(model))
     ranking = Ranking(width, None, labels, _loss_of(model, labels), seed)
@@ -136,6 +153,7 @@ def narrow(
             replace(ranking, images=images),
             steps=steps,
             refit=refit,
+            target=target,
             memory_bytes=memory_bytes,
             progress=progress,
         )
@@ -250,6 +268,7 @@ def narrow_graph(
     teacher: ModelGraph | None = None,
     steps: int = 1,
     refit: bool = True,
+    target: Measurer | None = None,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
     progress: Progress | None = None,
 ) -> tuple[ModelGraph, NarrowingReport]:
@@ -263,6 +282,7 @@ def narrow_graph(
         teacher: graph whose tensors of the same names closing layers are refitted to; `graph` where None.
         steps: cut in so many steps.
         refit: refit closing layers.
+        target: what a budget in time or bytes is measured on; its fractions are of `graph`.
         memory_bytes: activations beyond this go to disk.
         progress: called after each part of the network.
 
@@ -275,7 +295,7 @@ def narrow_graph(
         raise ModelError(nothing_to_cut(graph, ranking))
     counts = {group.name: group.size for group in first.groups}
     widths = dict(counts)
-    before = network_cost(graph)
+    before, after = network_cost(graph), None
     narrowed, dependencies, last_ratio = graph, first, 0.0
     kept: dict[str, np.ndarray] = {}
     for step in range(1, steps + 1):
@@ -284,8 +304,11 @@ def narrow_graph(
         ranked = ranking.ranked(dependencies, counts=counts, step=step)
         if isinstance(amount, Budget):
             if ranking.width.allocation == "score":
-                ranked = ranked.allocated(amount.unit)
-            last_ratio = ratio_within(ranked, amount, original or before, step / steps)
+                ranked = ranked.allocated("macs" if amount.unit in TABLE_UNITS else amount.unit)
+            if target is not None and amount.needs_table is not None:
+                last_ratio, before, after = measured_ratio(ranked, amount, target, graph, step / steps, progress)
+            else:
+                last_ratio = ratio_within(ranked, amount, original or before, step / steps)
         else:
             last_ratio = amount * step / steps
         cut = ranked.cut(last_ratio)
@@ -304,7 +327,14 @@ def narrow_graph(
     )
     width = ranking.width
     report = NarrowingReport(
-        last_ratio, width.scope, width.importance, groups, first.boundaries, before, network_cost(narrowed), refitted
+        last_ratio,
+        width.scope,
+        width.importance,
+        groups,
+        first.boundaries,
+        before,
+        after or network_cost(narrowed),
+        refitted,
     )
     return narrowed, report
 
@@ -315,7 +345,7 @@ def nothing_to_cut(graph: ModelGraph, ranking: Ranking) -> str:
     return f"'{graph.name}' has no channels that can be cut: {reasons or 'no layer makes any'}."
 
 
-def _checked(ratio: Any, budget: Any, width: Width, steps: int) -> float | Budget:
+def _checked(ratio: Any, budget: Any, width: Width, steps: int, target: Measurer | None) -> float | Budget:
     if (ratio is None) == (budget is None):
         raise BudgetError("Give either `ratio`, the part of the channels that goes, or `budget`.")
     if not isinstance(steps, int) or steps < 1:
@@ -324,8 +354,11 @@ def _checked(ratio: Any, budget: Any, width: Width, steps: int) -> float | Budge
         limits = Budget.parse(budget)
         if limits.merged is not None:
             raise BudgetError("`narrow` merges no blocks: a budget of merged blocks is for `prune`.")
-        if limits.needs_table is not None:
-            raise BudgetError(f"A latency table knows no narrower layers: '{limits.needs_table}' is for `prune`.")
+        if limits.needs_table is not None and target is None:
+            raise BudgetError(
+                f"A budget in '{limits.needs_table}' is measured: say on what, with "
+                "target=updp_tf.Target(device='local', precision='int8')."
+            )
         return limits
     if not (isinstance(ratio, int | float) and 0 < ratio < 1):
         raise BudgetError(f"`ratio` is the part of the channels that goes, above 0 and below 1. Received: {ratio!r}.")
@@ -392,10 +425,7 @@ def ratio_within(ranked: Ranked, limits: Budget, original: Cost, part: float = 1
             costs[cut] = network_cost(resized_graph(ranked.dependencies, cut))
         return costs[cut]
 
-    bounds = {
-        unit: bound if part == 1 else int(getattr(original, unit) * (bound / getattr(original, unit)) ** part)
-        for unit, bound in limits.bounds(original).items()
-    }
+    bounds = bounds_on_the_way(limits, original, part)
 
     def is_met(ratio: float) -> bool:
         return all(getattr(cost(ratio), unit) <= bound for unit, bound in bounds.items())
@@ -404,12 +434,94 @@ def ratio_within(ranked: Ranked, limits: Budget, original: Cost, part: float = 1
         return 0.0
     low, high = 0.0, 1.0
     if not is_met(high):
-        least = ", ".join(f"{readable(getattr(cost(high), unit), unit)} {unit}" for unit in bounds)
-        raise BudgetError(f"Narrowing cannot come down to {limits}: with every group at its least it has {least}.")
+        raise _out_of_reach(limits, bounds, cost(high))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if is_met(middle) else (middle, high)
     return high
+
+
+def bounds_on_the_way(limits: Budget, original: Cost, part: float) -> dict[str, int]:
+    """Return the most there may be of each limited unit, a part of the way down to the limits, in logarithms."""
+    return {
+        unit: bound if part == 1 else int(getattr(original, unit) * (bound / getattr(original, unit)) ** part)
+        for unit, bound in limits.bounds(original).items()
+    }
+
+
+def measured_ratio(
+    ranked: Ranked,
+    limits: Budget,
+    target: Measurer,
+    original: ModelGraph,
+    part: float = 1.0,
+    progress: Progress | None = None,
+) -> tuple[float, Cost, Cost]:
+    """Return the smallest ratio that was measured to be within limits, and what the original and the result cost.
+
+    The original is timed in every visit, beside the networks that are compared with it: devices have slow hours.
+
+    Args:
+        ranked: channels of the network.
+        limits: on resources, those of files among them.
+        target: measures times and bytes.
+        original: network that fractions are of.
+        part: of the way, in logarithms.
+        progress: called before each visit.
+
+    Raises:
+        BudgetError: the limits cannot be met.
+        TfliteExportError: the target's device is absent or went away.
+    """
+
+    def whole_cost(graph: ModelGraph, measured: tuple[int, int]) -> Cost:
+        return replace(network_cost(graph), latency_ns=measured[0], file_bytes=measured[1])
+
+    def measure(ratios: Sequence[float]) -> tuple[Cost, dict[float, Cost]]:
+        graphs = {ratio: cut_units(ranked.dependencies, ranked.cut(ratio)) for ratio in ratios}
+        models = {f"ratio_{ratio:.6f}": build_model(graph) for ratio, graph in graphs.items()}
+        found = target.measure({"original": build_model(original)} | models)
+        costs = {ratio: whole_cost(graph, found[f"ratio_{ratio:.6f}"]) for ratio, graph in graphs.items()}
+        return whole_cost(original, found["original"]), costs
+
+    def is_met(before: Cost, cost: Cost) -> bool:
+        bounds = bounds_on_the_way(limits, before, part)
+        return all(getattr(cost, unit) <= bound for unit, bound in bounds.items())
+
+    def visit(number: int, low: float, high: float) -> list[float]:
+        if progress is not None:
+            progress(number, VISITS, f"time ratios between {low:.2f} and {high:.2f}")
+        between = [low + (high - low) * step / (PER_VISIT + 1) for step in range(1, PER_VISIT + 1)]
+        return _of_different_cuts(ranked, [low, *between, high])
+
+    asked = visit(0, 0.0, 1.0)
+    before, costs = measure(asked)
+    met = [ratio for ratio in asked if is_met(before, costs[ratio])]
+    if not met:
+        raise _out_of_reach(limits, limits.bounds(before), costs[asked[-1]])
+    best = met[0], before, costs[met[0]]
+    for number in range(1, VISITS):
+        low = max((ratio for ratio in asked if ratio < best[0]), default=best[0])
+        # what is known to fail, and what is known to be met, is not timed again
+        asked = visit(number, low, best[0])[1:-1]
+        if not asked:
+            break
+        before, costs = measure(asked)
+        met = [ratio for ratio in asked if is_met(before, costs[ratio])]
+        best = (met[0], before, costs[met[0]]) if met else best
+        asked = [low, *asked]
+    return best
+
+
+def _of_different_cuts(ranked: Ranked, ratios: Sequence[float]) -> list[float]:
+    """Return the ratios without those that cut what the one before cuts."""
+    cuts = {ratio: ranked.cut(ratio) for ratio in ratios}
+    return [ratio for i, ratio in enumerate(ratios) if i == 0 or cuts[ratio] != cuts[ratios[i - 1]]]
+
+
+def _out_of_reach(limits: Budget, bounds: Iterable[str], least: Cost) -> BudgetError:
+    told = ", ".join(f"{readable(getattr(least, unit), unit)} {unit}" for unit in bounds)
+    return BudgetError(f"Narrowing cannot come down to {limits}: with every group at its least it has {told}.")
 
 
 @dataclass(frozen=True, eq=False)

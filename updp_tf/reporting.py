@@ -10,7 +10,7 @@ from typing import Any
 import dacite
 
 from updp_tf.blocks import Blocks, network_cost, prepared_graph
-from updp_tf.cost import readable
+from updp_tf.cost import TABLE_UNITS, readable
 from updp_tf.merging import MergedBlock
 from updp_tf.planning import Plan
 from updp_tf.searching import SearchReport
@@ -140,6 +140,12 @@ class NarrowingReport:
             f"{len(changed)} of {len(self.groups)} groups narrowed ({self.importance}, {self.scope}, "
             f"ratio {self.ratio:.3f}): MACs {readable(self.before.macs, 'macs')} -> "
             f"{readable(self.after.macs, 'macs')}, parameters {self.before.params:,} -> {self.after.params:,}",
+            *(
+                f"  measured: {unit.replace('_', ' ')} {readable(getattr(self.before, unit), unit)} -> "
+                f"{readable(getattr(self.after, unit), unit)}"
+                for unit in TABLE_UNITS
+                if getattr(self.before, unit)
+            ),
             *(f"  {group.name}: {group.before} -> {group.after}" for group in changed),
             *(f"  kept  {refusal}" for refusal in self.kept),
         ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 
+import tflite_export
 import updp_tf
 from tests import zoo
 from tests.isomorphic.test_dependency import model_of
 from updp_tf.blocks import network_cost, prepared_graph
+from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, ModelError
 from updp_tf.graph import read_graph
 from updp_tf.isomorphic.gradients import gradient_statistics
-from updp_tf.narrowing import narrow
+from updp_tf.narrowing import PER_VISIT, VISITS, Ranking, Width, measured_ratio, narrow
 
 
 def outputs(model, x) -> np.ndarray:
@@ -43,6 +47,53 @@ def test_a_budget_is_met_and_not_by_far():
     assert report.after.macs <= 0.6 * report.before.macs
     assert report.after.params <= 0.8 * report.before.params
     assert min(0.6 - report.after.macs / report.before.macs, 0.8 - report.after.params / report.before.params) < 0.06
+
+
+class Scales:
+    """Weighs networks instead of timing them: parameters as nanoseconds, in every visit on scales of another unit."""
+
+    def __init__(self):
+        self.visits = []
+
+    def measure(self, models):
+        self.visits.append(sorted(models))
+        unit = 10 ** len(self.visits)
+        return {key: (unit * model.count_params(), model.count_params()) for key, model in models.items()}
+
+
+def test_the_smallest_ratio_within_a_measured_budget_is_found_in_few_visits():
+    graph = prepared_graph(zoo.build("residual"))
+    ranking = Ranking(Width(round_to=1), None)
+    ranked = ranking.ranked(ranking.cuttable(graph))
+    scales = Scales()
+    ratio, before, after = measured_ratio(ranked, Budget.parse({"latency": 0.7}), scales, graph)
+    steps = (PER_VISIT + 1) ** VISITS
+    params = {number: network_cost(ranked.outline(number / steps)).params for number in range(steps + 1)}
+    within = [number for number in params if params[number] <= 0.7 * params[0]]
+    assert ranked.cut(ratio) == ranked.cut(within[0] / steps)
+    assert after.latency_ns <= 0.7 * before.latency_ns
+    assert all("original" in visit for visit in scales.visits)
+    timed = list(itertools.chain.from_iterable(set(visit) - {"original"} for visit in scales.visits))
+    assert len(scales.visits) <= VISITS
+    assert len(timed) == len(set(timed)) <= PER_VISIT * VISITS + 2
+    with pytest.raises(BudgetError, match=r"cannot come down to latency 0\.0001: with every group at its least it has"):
+        measured_ratio(ranked, Budget.parse({"latency": 0.0001}), scales, graph)
+
+
+@pytest.mark.slow
+def test_a_budget_in_bytes_and_time_holds_for_the_file(tmp_path):
+    model = zoo.build("plain")
+    target = updp_tf.Target(precision="float32", min_seconds=0.05)
+    budget = {"bytes": 0.75, "latency_ms": 1000.0}
+    small = narrow(model, budget=budget, round_to=1, target=target, verbose=False)
+    sizes = [
+        tflite_export.export(one, tmp_path / f"{number}.tflite", quantize="float32").size_bytes
+        for number, one in enumerate((model, small))
+    ]
+    assert sizes[1] <= 0.75 * sizes[0]
+    assert (small.narrowing.before.file_bytes, small.narrowing.after.file_bytes) == tuple(sizes)
+    assert 0 < small.narrowing.after.latency_ns < 10**9
+    assert "measured: latency ns" in str(small.narrowing)
 
 
 def test_steps_end_where_one_step_does():
@@ -128,6 +179,7 @@ def test_gradients_are_those_of_tensorflow():
         ({"ratio": 0.5, "importance": "l3"}, BudgetError, "`importance` is one of"),
         ({"ratio": 0.5, "round_to": 0}, BudgetError, "`round_to` is a whole number"),
         ({"budget": {"merged": 2}}, BudgetError, "merges no blocks"),
+        ({"budget": {"latency": 0.5}}, BudgetError, r"'latency' is measured: say on what, with target=updp_tf.Target"),
         ({"budget": {"macs": 0.0001}}, BudgetError, "cannot come down to macs 0.0001"),
         ({"ratio": 0.5, "ignore": ["nothing"]}, ModelError, "no layer named 'nothing'"),
         ({"ratio": 0.5, "importance": "taylor"}, CalibrationError, "needs calibration images"),
