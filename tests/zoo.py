@@ -95,10 +95,12 @@ def randomise_weights(layer: keras.Layer, rng: np.random.Generator) -> None:
 def randomise_norm(layer: layers.BatchNormalization, rng: np.random.Generator) -> None:
     n = layer.moving_mean.shape[0]
     variance = np.exp(rng.uniform(np.log(1e-4), np.log(3.0), size=n))
+    if not layer.scale:
+        variance = 1 / rng.uniform(0.6, 1.4, size=n) ** 2
     layer.moving_mean.assign(rng.normal(size=n) * 0.4)
     layer.moving_variance.assign(variance)
+    # The scale at inference stays between 0.6 and 1.4: a gain of ten a layer is infinite behind ninety of them.
     if layer.scale:
-        # The scale at inference stays between 0.6 and 1.4, so that nothing blows up over a deep model.
         sign = rng.choice([-1.0, 1.0], size=n)
         layer.gamma.assign(sign * rng.uniform(0.6, 1.4, size=n) * np.sqrt(variance + layer.epsilon))
     if layer.center:

@@ -16,7 +16,7 @@ import keras
 from updp_tf import affine, rules
 from updp_tf.affine import AffineConv
 from updp_tf.errors import ShapeError
-from updp_tf.forms import ConvForm, Fitted, SeparableForm, form_by_name
+from updp_tf.forms import ConvForm, Fitted, SeparableForm, form_by_name, kernel_within
 from updp_tf.graph import clone_layer
 from updp_tf.layers import (
     NO_RING,
@@ -207,16 +207,18 @@ class _Expansion:
             raise NotExpandable(f"it becomes '{self.form}', which is not what its own layers compose to")
         maps = [(name, one) for name in self.path for one in self.maps[name]]
 
-        def composed(tapped: set[str]) -> int:
-            size, stride = 1, 1
+        def composed(tapped: set[str]) -> tuple[int, int]:
+            size, stride = [1, 1], [1, 1]
             for name, one in maps:
-                size += stride * (max(one.effective_size) - 1) * (name not in tapped)
-                stride *= max(one.strides)
-            return size
+                for axis in (0, 1):
+                    size[axis] += stride[axis] * (one.effective_size[axis] - 1) * (name not in tapped)
+                    stride[axis] *= one.strides[axis]
+            return size[0], size[1]
 
         able = [name for name, one in reversed(maps) if len(self.maps[name]) == 1 and _can_lose_taps(one)]
         choices = (set(names) for n in range(len(able) + 1) for names in itertools.combinations(able, n))
-        tapped = next((names for names in choices if composed(names) == form.kernel_size), None)
+        wanted = kernel_within(form.kernel_size, composed(set()))
+        tapped = next((names for names in choices if composed(names) == wanted), None)
         if tapped is None:
             raise NotExpandable(f"its layers do not compose to the kernel of '{self.form}', whatever taps are blended")
         if isinstance(form, SeparableForm):

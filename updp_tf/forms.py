@@ -117,17 +117,30 @@ class Form(Protocol):
         """Take over a linear map of the body that was found without images, border pixels too where asked."""
 
 
+def kernel_within(kernel_size: int, own: Sequence[int]) -> tuple[int, int]:
+    """Return the kernel that a form of size k has in a block: k x k, but nowhere larger than the block's own.
+
+    What stands for a 7x1 layer is 7x1, not 7x7: a form never reads more than its block does.
+    """
+    return min(kernel_size, own[0]), min(kernel_size, own[1])
+
+
+def _kernel_in(block: Block, kernel_size: int) -> tuple[int, int]:
+    return kernel_within(kernel_size, (kernel_size,) * 2 if block.geometry is None else block.geometry.kernel_size)
+
+
 def window_of_size(block: Block, kernel_size: int) -> Window | None:
-    """Return the window of a k x k kernel that is centred where the block's composed kernel is.
+    """Return the window of the kernel that a form of size k has, centred where the block's composed kernel is.
 
     Taking taps away from both sides of the composed kernel takes as much from its padding, so that outputs keep
     their number and place at every image size. None where that would need negative padding.
     """
     if block.geometry is None:
         return None
+    kernel = _kernel_in(block, kernel_size)
     pads: list[int] = []
     for axis in (0, 1):
-        surplus = block.geometry.kernel_size[axis] - kernel_size
+        surplus = block.geometry.kernel_size[axis] - kernel[axis]
         before = block.geometry.padding[2 * axis] - surplus // 2
         after = block.geometry.padding[2 * axis + 1] - (surplus - surplus // 2)
         size, written = block.entry_size[axis], block.exit_size[axis]
@@ -135,10 +148,10 @@ def window_of_size(block: Block, kernel_size: int) -> Window | None:
             if size is None or written is None:
                 return None
             before, after = max(before, 0), max(after, 0)
-            if (size + before + after - kernel_size) // block.geometry.strides[axis] + 1 != written:
+            if (size + before + after - kernel[axis]) // block.geometry.strides[axis] + 1 != written:
                 return None
         pads += [before, after]
-    return Window((kernel_size, kernel_size), block.geometry.strides, (pads[0], pads[1], pads[2], pads[3]))
+    return Window(kernel, block.geometry.strides, (pads[0], pads[1], pads[2], pads[3]))
 
 
 def _refuse_window(block: Block, name: str, kernel_size: int) -> Refusal | None:
@@ -149,13 +162,16 @@ def _refuse_window(block: Block, name: str, kernel_size: int) -> Refusal | None:
     if kernel_size > 1 and block.rank != 4:
         return Refusal(block.name, name, f"it reads {'tokens' if block.rank == 3 else 'vectors'}, not images")
     if kernel_size > max(block.geometry.kernel_size):
-        own = "x".join(map(str, block.geometry.kernel_size))
+        own = _by(block.geometry.kernel_size)
         return Refusal(block.name, name, f"the block itself reads {own} pixels, less than the form")
     if window_of_size(block, kernel_size) is None:
-        return Refusal(
-            block.name, name, f"a {kernel_size}x{kernel_size} kernel would need negative padding to stay aligned"
-        )
+        size = _by(_kernel_in(block, kernel_size))
+        return Refusal(block.name, name, f"a {size} kernel would need negative padding to stay aligned")
     return None
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _positions(block: Block) -> int:
@@ -223,7 +239,7 @@ def explained_by(block: Block, fitted: Fitted, samples: Samples) -> float | None
 
 @dataclass(frozen=True)
 class ConvForm:
-    """One dense k x k convolution; the skip is folded into it or kept as an Add.
+    """One dense k x k convolution (`kernel_within` says which axis is shorter); the skip is folded in or kept.
 
     With k = 1 it is the form `pointwise`: a 1x1 convolution, or a Dense layer on tokens and vectors.
     """
@@ -249,7 +265,8 @@ class ConvForm:
 
     def cost(self, block: Block, *, skip: SkipMode) -> Cost:
         """K * k * c_in * c_out weights and a bias."""
-        weights = self.kernel_size**2 * block.c_in * block.c_out
+        height, width = _kernel_in(block, self.kernel_size)
+        weights = height * width * block.c_in * block.c_out
         keeps_skip = skip == "kept" and block.skip is not None
         return _cost(block, weights, block.c_out, 0, window=self.window(block), keeps_skip=keeps_skip)
 
@@ -298,8 +315,9 @@ class ConvForm:
         own padding never sees. That needs a fixed size, a kernel that is not cropped, and 1x1 maps before the padding.
         """
         geometry = affine.composed_geometry(maps)
-        if min(geometry.kernel_size) < self.kernel_size:
+        if max(geometry.kernel_size) < self.kernel_size:
             return Refusal(block.name, self.name, f"its own kernel is {geometry.kernel_size}, smaller than the form")
+        wanted = kernel_within(self.kernel_size, geometry.kernel_size)
         border: np.ndarray | None = None
         dropped = 0.0
         try:
@@ -307,7 +325,7 @@ class ConvForm:
                 cropped, border = self._with_border(block, maps)
             else:
                 composed = affine.regroup(affine.compose_all(affine.move_padding_to_front(maps)), 1)
-                cropped, dropped = affine.crop_kernel(composed, (self.kernel_size, self.kernel_size))
+                cropped, dropped = affine.crop_kernel(composed, wanted)
         except ShapeError as error:
             return Refusal(block.name, self.name, str(error))
         keeps_skip = skip == "kept" and block.skip is not None
@@ -320,7 +338,7 @@ class ConvForm:
         if height is None or width is None:
             raise ShapeError("an exact border needs a fixed size; the block's is dynamic")
         composed, border = affine.compose_with_border_map(maps, height, width)
-        if composed.kernel_size != (self.kernel_size, self.kernel_size):
+        if composed.kernel_size != kernel_within(self.kernel_size, composed.kernel_size):
             raise ShapeError(f"an exact border needs the composed kernel {composed.kernel_size}, uncropped")
         return affine.regroup(composed, 1), border
 
@@ -348,7 +366,8 @@ class SeparableForm:
 
     def cost(self, block: Block, *, skip: SkipMode) -> Cost:
         """K * k * c_in depthwise and c_in * c_out pointwise weights, and a bias."""
-        weights = self.kernel_size**2 * block.c_in + block.c_in * block.c_out
+        height, width = _kernel_in(block, self.kernel_size)
+        weights = height * width * block.c_in + block.c_in * block.c_out
         inner = 4 * _positions(block) * block.c_in
         return _cost(block, weights, block.c_out, inner, window=self.window(block), keeps_skip=block.skip is not None)
 

@@ -14,7 +14,7 @@ from updp_tf.affine import AffineConv
 from updp_tf.blocks import block_of
 from updp_tf.errors import MergeError
 from updp_tf.folding import absorbed
-from updp_tf.forms import Fitted, SeparableForm, form_by_name, layer_specs, scale_spec
+from updp_tf.forms import Fitted, SeparableForm, form_by_name, kernel_within, layer_specs, scale_spec
 from updp_tf.graph import build_model, read_graph
 from updp_tf.layers import (
     ActivationBlend,
@@ -110,7 +110,7 @@ def _separable(form: SeparableForm, maps: Sequence[AffineConv]) -> Fitted:
     maps = affine.move_padding_to_front(maps)
     last = max(i for i, one in enumerate(maps) if max(one.kernel_size) > 1)
     first, rest = affine.compose_all(maps[: last + 1]), affine.compose_all(maps[last + 1 :])
-    cropped, _ = affine.crop_kernel(first, (form.kernel_size, form.kernel_size))
+    cropped, _ = affine.crop_kernel(first, kernel_within(form.kernel_size, first.kernel_size))
     return Fitted((cropped, affine.regroup(rest, 1)), keeps_skip=True)
 
 

@@ -35,6 +35,9 @@ ROWS_IN_CACHE = 512
 MAX_BATCH = 128
 """Images at a time at most."""
 
+LARGEST = 1e15
+"""Magnitude of activations beyond which float32 sums of a few thousand squares overflow."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -141,6 +144,9 @@ class Walk:
         """Yield tensors inside a unit, batch by batch, running only the calls behind what was written before.
 
         The arrays are the backend's own: read them, do not write to them.
+
+        Raises:
+            CalibrationError: a tensor holds NaN, infinite values or values that no fit could add up.
         """
         needed = _needed_for(nodes, refs, tensors)
         inside = {node.name for node in needed}
@@ -150,7 +156,10 @@ class Walk:
         for part in self.batches(shape for node in part_graph for shape in node.shapes):
             values = {ref: keras.ops.convert_to_tensor(np.ascontiguousarray(tensors[ref][part])) for ref in sources}
             run_nodes(part_graph, values)
-            yield part, [as_float32(values[ref]) for ref in part_graph.outputs]
+            batches = [as_float32(values[ref]) for ref in part_graph.outputs]
+            if not all(map(_is_tame, batches)):
+                raise CalibrationError(_say_who_is_wild(part_graph, values))
+            yield part, batches
 
     def renew_norms(self, nodes: Sequence[Node], tensors: Tensors) -> list[Node]:
         """Return a unit's calls with the exact mean and variance of its input in each BatchNormalization, in order.
@@ -253,6 +262,22 @@ def as_float32(tensor: Any) -> np.ndarray:
     if keras.backend.backend() == "tensorflow":
         return np.asarray(tensor).astype("float32", copy=False)  # where it lies: Keras makes a copy
     return np.asarray(keras.ops.convert_to_numpy(tensor), dtype="float32")
+
+
+def _is_tame(array: np.ndarray) -> bool:
+    """True where all values are finite and none is so large that sums of squares overflow."""
+    return array.size == 0 or bool(array.min() >= -LARGEST and array.max() <= LARGEST)  # NaN compares as False
+
+
+def _say_who_is_wild(graph: ModelGraph, values: Mapping[Ref, Any]) -> str:
+    """Name the first call that writes values which no fit can use."""
+    arrays = ((node.name, as_float32(values[Ref(node.name, i)])) for node in graph for i in range(len(node.shapes)))
+    name, array = next((name, array) for name, array in arrays if not _is_tame(array))
+    what = f"values up to {np.abs(array).max():.0e}" if np.isfinite(array).all() else "NaN or infinite values"
+    return (
+        f"'{name}' of '{graph.name}' writes {what} on the calibration images, which nothing can be fitted to: check "
+        "its weights, the norms in front of it, and that the images are scaled as the model wants them."
+    )
 
 
 def _needed_for(nodes: Sequence[Node], refs: Sequence[Ref], there: Mapping[Ref, np.ndarray]) -> tuple[Node, ...]:

@@ -18,11 +18,12 @@ from tests.linear_blocks import output_of
 from tests.strategies import random_map
 from updp_tf import merging
 from updp_tf.blocks import Blocks, find_blocks, read_stages
-from updp_tf.errors import MergeError
+from updp_tf.errors import CalibrationError, MergeError
 from updp_tf.forms import Fitted, all_forms, fold_skip, form_by_name
 from updp_tf.graph import run_nodes
 from updp_tf.memory import Memory
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
+from updp_tf.scoring import score
 from updp_tf.starts import identity_start
 from updp_tf.structure import Block, Ref, as_images
 from updp_tf.walking import Walk, units
@@ -646,3 +647,36 @@ def test_new_layers_are_named_after_the_block() -> None:
     assert edit.exit == Ref("add")
     edit = merging.build_edit(blocks.graph, blocks["add_1"], random_fit(blocks["add_1"], np.random.default_rng(0)))
     assert [node.name for node in edit.nodes][:2] == ["add_1_merged_pad", "add_1_merged"]
+
+
+# Networks whose activations no fit can use
+
+
+@pytest.mark.parametrize(
+    ("gain", "told"),
+    [(np.nan, "NaN or infinite values"), (1e38, "NaN or infinite values"), (1e17, r"values up to \d+e\+1[789]")],
+    ids=["nan", "infinite", "huge"],
+)
+@pytest.mark.parametrize("how", ["merge", "score"])
+def test_activations_that_are_no_numbers_are_told_with_the_layer(how, gain, told):
+    """Ninety norms without gammas on variances of 1e-4 did this to an InceptionV3: a LinAlgError of SciPy's."""
+    model = zoo.build("residual")
+    blocks = find_blocks(model)
+    wild = next(blocks.graph.by_name[name] for name in blocks[1].body if "conv" in name)
+    kernel, *others = wild.layer.get_weights()
+    wild.layer.set_weights([np.full_like(kernel, gain), *others])
+    images = images_for(model)
+    with pytest.raises(CalibrationError, match=f"^'{wild.name}' of '{model.name}' writes {told} on the calibration"):
+        if how == "merge":
+            merge_in_sequence(blocks, [Choice(block.name, "pointwise", "kept") for block in blocks], images)
+        else:
+            score(blocks, images)
+
+
+def test_norms_without_gammas_keep_random_networks_finite():
+    """What the tests call random weights, behind as many norms as an InceptionV3 has."""
+    inputs = x = keras.Input((5, 5, 4))
+    for _ in range(90):
+        x = layers.ReLU()(layers.BatchNormalization(scale=False)(layers.Conv2D(4, 3, padding="same")(x)))
+    model = zoo.randomise(keras.Model(inputs, x))
+    assert np.abs(zoo.outputs_of(model, images_for(model))[0]).max() < 1e15
