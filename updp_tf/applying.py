@@ -83,6 +83,7 @@ def blocks_of_plan(model: Any, plan: Plan) -> tuple[Blocks, tuple[Choice, ...]]:
     """
     blocks = find_blocks(model)
     check_fingerprint(plan, fingerprint(blocks.graph), [node.name for node in blocks.graph])
+    blocks = blocks.in_parts(having=(name for edit in plan.edits for name in edit.blocks))
     for edit in plan.edits:
         require_names(edit.blocks, blocks)
     blocks = blocks.joined(edit.blocks for edit in plan.edits)

@@ -20,7 +20,7 @@ from updp_tf.errors import ModelError
 from updp_tf.expansions import expand
 from updp_tf.graph import n_elements, read_graph, split_activations
 from updp_tf.reach import ELEMENTWISE, NoWindow, special_tokens, window_of
-from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal, Stage, block_name, refs_in
+from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal, Stage, block_name, image_shape, refs_in
 
 JOINS = frozenset({"Add"})
 """Kinds whose two inputs are summed: layers.Add and the `+` of two tensors."""
@@ -103,6 +103,27 @@ class Blocks(Sequence[Block]):
         left.sort(key=lambda block: self.graph.position[block.nodes[-1]])
         return Blocks(self.graph, left, self.skipped)
 
+    def in_parts(self, having: Iterable[str] | None = None) -> Blocks:
+        """Return the blocks with their linear layers in the place of those that have two or more.
+
+        A part is one linear layer with the norm behind it, so that one convolution of a block can be dropped while the
+        activations and the skip stay, as LayerMerge does; `spans` puts neighbouring parts together again. Layers that
+        only a gate or an attention reads are no parts.
+
+        Args:
+            having: take only blocks apart that have a part of one of these names; all where None.
+        """
+        wanted = None if having is None else set(having) - {block.name for block in self._blocks}
+        if wanted is not None and not wanted:
+            return self
+        finder = _Finder(self.graph)
+        found: list[Block] = []
+        for block in self._blocks:
+            parts = finder.parts(block)
+            taken = wanted is None or any(part.name in wanted for part in parts)
+            found += parts if taken and len(parts) > 1 else [block]
+        return Blocks(self.graph, found, self.skipped)
+
     @cached_property
     def network_cost(self) -> Cost:
         """What the whole network costs as it is."""
@@ -178,7 +199,7 @@ def _pair(graph: ModelGraph, block_by_exit: Mapping[Ref, Block], second: Block) 
         between.append(node.name)
         (ref,) = node.inputs
     inside = {*between, *second.nodes}
-    for name in (first.name, *between):
+    for name in (first.exit.node, *between):
         if Ref(name) in graph.output_refs or not set(graph.readers[Ref(name)]) <= inside:
             return None
     return _Pair(first.name, second.name, tuple(reversed(between)))
@@ -580,6 +601,64 @@ class _Finder:
             if same and set(readers) <= inside and not inside & self.claimed and self._leak(members, inside) is None:
                 return _Piece((*members, gate.name), active=True)
         return None
+
+    # Parts
+
+    def parts(self, block: Block) -> list[Block]:
+        """Return the linear layers that all of a block's body goes through, each a block of its own."""
+        found: list[Block] = []
+        for name in block.body:
+            node = self.graph.by_name[name]
+            if not self._has_kernel(node) or not self._is_passed(block, name):
+                continue
+            first, last = self._padding_before(block, node), self._norms_behind(block, node)
+            nodes = (*first, name, *last)
+            entry = self.graph.by_name[nodes[0]].inputs[0]
+            part = self._block(nodes, nodes, entry, Ref(nodes[-1]), skip_nodes=(), skip_exit=None, join=None)
+            found.append(replace(part, name=f"{name}_part", part_of=block.name))
+        return found
+
+    def _has_kernel(self, node: Node) -> bool:
+        if len(node.inputs) != 1 or len(node.shapes) != 1:
+            return False
+        try:
+            maps = rules.linear_maps(node, image_shape(self.graph.shape(node.inputs[0])))
+        except rules.Unsupported:
+            return False
+        return maps is not None and _kind(maps) != ""
+
+    def _is_passed(self, block: Block, name: str) -> bool:
+        """True where no path from the entry to what the body writes goes around a call."""
+        body = set(block.body)
+        body_exit = block.exit.node
+        if block.join is not None:
+            (body_exit,) = (ref.node for ref in self.graph.by_name[block.join].inputs if ref.node in body)
+        waiting, seen = [body_exit], {name}
+        while waiting:
+            if (one := waiting.pop()) in seen:
+                continue
+            seen.add(one)
+            if one not in body:
+                return False
+            waiting += [ref.node for ref in self.graph.by_name[one].inputs]
+        return True
+
+    def _padding_before(self, block: Block, node: Node) -> tuple[str, ...]:
+        before = self.graph.by_name[node.inputs[0].node]
+        alone = before.name in block.body and self.graph.readers[Ref(before.name)] == (node.name,)
+        return (before.name,) if alone and before.kind == "ZeroPadding2D" else ()
+
+    def _norms_behind(self, block: Block, node: Node) -> tuple[str, ...]:
+        names: list[str] = []
+        while True:
+            ref = Ref(names[-1] if names else node.name)
+            readers = self.graph.readers.get(ref, ())
+            if len(readers) != 1 or readers[0] not in block.body or ref in self._outputs:
+                return tuple(names)
+            after = self.graph.by_name[readers[0]]
+            if after.kind != "BatchNormalization" or rules.norm(after, self.graph.shape(ref)) is None:
+                return tuple(names)
+            names.append(after.name)
 
     # Both
 

@@ -79,6 +79,8 @@ class Options:
         exact_borders: without images, merge so that border pixels are those of the linearised block too: one more Add
             in each merged block, and only where its size is fixed and 1x1 layers alone come before its padding.
         spans: up to how many consecutive blocks one form may replace; only where forms are fitted to images.
+        parts: choose among the single layers of blocks instead of whole blocks: what is left keeps its activations and
+            skips. With `spans` neighbouring layers go together, up to all of a block.
         ridge: strength of the regressions in mean eigenvalues.
         seed: of the sampled positions.
         memory_bytes: activations beyond this go to disk.
@@ -93,6 +95,7 @@ class Options:
     rejoin: bool = False
     exact_borders: bool = False
     spans: int = 1
+    parts: bool = False
     ridge: float = RIDGE
     seed: int = 0
     memory_bytes: int = DEFAULT_LIMIT_BYTES
@@ -280,7 +283,7 @@ def _prune_and_train(
 def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Plan, dict[str, np.ndarray]]:
     """Return the merged model with its report, its plan, and the arrays beside that."""
     model, options, start, budget, score_fn = ask.model, ask.options, ask.start, ask.budget, ask.score_fn
-    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(ask.latency), ask.forms, options)
+    blocks, cost_of = _costed(_blocks(model, options), _parsed(budget), read_table(ask.latency), ask.forms, options)
     limit = drop_limit(model, budget, ask.max_drop, score_fn)
     way = method_of(ask.method)
     agreement: float | None = None
@@ -337,9 +340,9 @@ def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -
     if ask.latency is not None or (needed := _parsed(ask.budget).needs_table) is not None:
         told = "`latency`" if ask.latency is not None else f"'{needed}'"
         raise BudgetError(f"A latency table knows no narrower layers: {told} does not go with width.")
-    if ask.options.reconstruct_steps or ask.options.rejoin:
-        told = "reconstruct_steps" if ask.options.reconstruct_steps else "rejoin"
-        raise BudgetError(f"With width, fitted layers stay as they are: leave `{told}` as it is by default.")
+    for told in ("reconstruct_steps", "rejoin", "parts"):
+        if getattr(ask.options, told):
+            raise BudgetError(f"With width, blocks and fitted layers stay whole: leave `{told}` as it is by default.")
     if training is not None and training.mode != "direct":
         raise TrainingError(f"With width, the pruned network is trained at once: mode='direct', not {training.mode!r}.")
 
@@ -410,7 +413,7 @@ def search(
     """
     options, start = _started(options, calibration)
     way = method_of(method)
-    blocks, cost_of = _costed(find_blocks(model), _parsed(budget), read_table(latency), forms, options)
+    blocks, cost_of = _costed(_blocks(model, options), _parsed(budget), read_table(latency), forms, options)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), keep, forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, judge, score_fn, options) as measures:
@@ -478,7 +481,7 @@ def scored(
 ) -> Iterator[Scored]:
     """Give a model with all forms scored, as `prune` and `search` score them."""
     options, start = _started(options, calibration)
-    blocks, cost_of = _costed(find_blocks(model), budget, table, forms, options)
+    blocks, cost_of = _costed(_blocks(model, options), budget, table, forms, options)
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, budget, keep, forms, start, options, cost_of, progress)
         yield Scored(model, blocks, scores, images, options, progress)
@@ -597,6 +600,11 @@ def _score(
 
 def _wanted(forms: Sequence[str] | None) -> Sequence[Form]:
     return all_forms() if forms is None else [form_by_name(name) for name in forms]
+
+
+def _blocks(model: Any, options: Options) -> Blocks:
+    blocks = find_blocks(model)
+    return blocks.in_parts() if options.parts else blocks
 
 
 def _costed(

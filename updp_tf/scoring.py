@@ -110,6 +110,8 @@ def eligible_forms(
             told = "latency_ns" if cost.latency_ns > block.cost.latency_ns else unit
             have, want = getattr(block.cost, told), getattr(cost, told)
             refusal = Refusal(block.name, form.name, f"dearer than the block: {want:,} {told} against {have:,}")
+        if refusal is None and block.part_of is not None and cost_of(form, block, mode).macs >= block.cost.macs:
+            refusal = Refusal(block.name, form.name, "no cheaper than the layer itself")
         if refusal is None:
             able.append((form, mode))
         else:

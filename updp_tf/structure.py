@@ -280,6 +280,7 @@ class Block:
         skip_exit: the tensor that the Add reads as the skip, or None where there is no Add.
         special_tokens: numbers of the tokens that are no patches (class, distillation); negative ones from the end.
         members: names of the blocks that a span replaces; empty for a block.
+        part_of: name of the block that it is one linear layer of, or None.
     """
 
     name: str
@@ -301,6 +302,7 @@ class Block:
     skip_exit: Ref | None = None
     special_tokens: tuple[int, ...] = ()
     members: tuple[str, ...] = ()
+    part_of: str | None = None
 
     @property
     def skip_kind(self) -> str:

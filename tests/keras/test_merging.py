@@ -63,7 +63,7 @@ def reference(blocks: Blocks, fitted: Mapping[str, Fitted], inputs) -> list[np.n
         block = block_by_node.get(node.name)
         if block is None:
             run_nodes([node], values)
-        elif node.name == block.name:
+        elif node.name == block.exit.node:
             x = np.asarray(keras.ops.convert_to_numpy(values[block.entry]), "float64")
             one = fitted[block.name]
             skip = block.skip if one.keeps_skip else None

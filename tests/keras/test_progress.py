@@ -130,6 +130,36 @@ def test_a_kernel_larger_than_the_image_is_expanded():
     np.testing.assert_allclose(outputs(small, x[:3])[0], outputs(student, x[:3])[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "made"),
+    [(((7, 1), (1, 1)), (7, 1)), (((1, 1), (1, 7)), (1, 7)), (((1, 7), (7, 1)), (7, 7)), (((3, 1), (5, 1)), (7, 1))],
+    ids=str,
+)
+def test_kernels_of_one_column_stay_of_one_column(kernels, made):
+    """Found on InceptionV3: conv7 in the place of a 7x1 layer is 7x1, expanded and fitted alike."""
+    inputs = x = keras.Input((9, 8, 6))
+    for kernel in kernels:
+        x = keras.layers.ReLU()(zoo.conv_norm(x, 6, kernel))
+    model = zoo.randomise(keras.Model(inputs, zoo.head(keras.layers.MaxPooling2D()(x))))
+    x = zoo.inputs_of(model, n=60)
+    (block,) = updp_tf.find_blocks(model)
+    assert block.geometry.kernel_size == made
+    form = updp_tf.forms.form_by_name("conv7")
+    assert form.refuses(block, skip="folded") is None
+    assert form.cost(block, skip="folded").macs == made[0] * made[1] * 6 * 6 * 9 * 8
+    edit = Edit((block.name,), block.nodes, "conv7", {"skip": "folded"})
+    graph = prepared_graph(model)
+    plan = Plan(fingerprint(graph), model.name, (edit,), weights=weights_hash(graph))
+    schedule = updp_tf.Schedule(total_steps=TOTAL)
+    for mode in ("expanded", "whole"):
+        student = updp_tf.progressive(model, plan, calibration=x, mode=mode, schedule=schedule, verbose=False)
+        assert [one.mode for one in student.blending] == [mode]
+        np.testing.assert_array_equal(outputs(student, x[:3])[0], outputs(model, x[:3])[0])
+        small = updp_tf.merge(finish(student))
+        np.testing.assert_allclose(outputs(small, x[:3])[0], outputs(student, x[:3])[0], rtol=1e-5, atol=1e-5)
+        assert small.get_layer(f"{block.name}_merged").kernel_size == made
+
+
 def test_a_layer_that_does_not_tell_its_output_shape_is_expanded():
     """Found on ConvNeXtTiny: the LayerScale of keras.applications."""
     scale = next(
