@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
         )
         return
     try:
-        model = tfmot.quantization.keras.quantize_model(float_model)
+        model = _quantized(keras, tfmot, float_model)
     except (ValueError, RuntimeError) as problem:  # a layer that it has no scheme for
         cause = "".join(traceback.format_exception(problem))
         _leave(folder, answer | {"error": str(problem).splitlines()[0], "cause": cause})
@@ -78,22 +78,105 @@ def _rebuild(keras: Any, nodes: list[dict[str, Any]], inputs: str, output: str, 
     """Return the network in Keras 2."""
     tensors: dict[str, Any] = {}
     layers: dict[str, Any] = {}
+    own = _own_layers(keras)
     for node in nodes:
         if node["kind"] == "InputLayer":
             tensors[node["name"]] = keras.Input(node["shape"], name=node["name"])
             continue
         if node["layer"] not in layers:
-            layers[node["layer"]] = getattr(keras.layers, node["kind"])(**node["config"], name=node["layer"])
+            kind = own.get(node["kind"]) or getattr(keras.layers, node["kind"])
+            layers[node["layer"]] = kind(**node["config"], name=node["layer"])
         read = [tensors[name] for name in node["inputs"]]
         tensors[node["name"]] = layers[node["layer"]](read if node["is_list"] else read[0])
     model = keras.Model(tensors[inputs], tensors[output])
+    stored = {node["layer"]: [weights[key] for key in node["weights"]] for node in nodes}
     for name, layer in layers.items():
-        stored = [weights[key] for key in sorted(weights) if key.rpartition("/")[0] == name]
-        if stored:
-            layer.set_weights(stored)
+        if stored[name]:
+            layer.set_weights(stored[name])
         if type(layer).__name__ == "BatchNormalization":
             layer.trainable = False  # statistics of small batches would undo the calibration
     return model
+
+
+def _own_layers(keras: Any) -> dict[str, Any]:
+    """Return the layers that Keras 2 has not: each is one operator, so that each has a range to learn."""
+    import tensorflow as tf
+
+    class HardSwish(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return x * tf.nn.relu6(x + 3.0) * (1 / 6)
+
+    class ChannelMean(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return tf.reduce_mean(x, axis=-1, keepdims=True)
+
+    class Offset(keras.layers.Layer):
+        def __init__(self, value: float, **options: Any) -> None:
+            super().__init__(**options)
+            self.value = value
+
+        def call(self, x: Any) -> Any:
+            return x + self.value
+
+        def get_config(self) -> dict[str, Any]:
+            return super().get_config() | {"value": self.value}
+
+    class InverseRoot(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return tf.math.rsqrt(x)
+
+    class ChannelScale(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.scale = self.add_weight(name="scale", shape=(shape[-1],), initializer="ones")
+
+        def call(self, x: Any) -> Any:
+            return x * self.scale
+
+    class ChannelShift(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.shift = self.add_weight(name="shift", shape=(shape[-1],), initializer="zeros")
+
+        def call(self, x: Any) -> Any:
+            return x + self.shift
+
+    return {one.__name__: one for one in (HardSwish, ChannelMean, Offset, InverseRoot, ChannelScale, ChannelShift)}
+
+
+def _quantized(keras: Any, tfmot: Any, model: Any) -> Any:
+    """Return the network with fake quantization: tfmot's scheme, and a range for the output of what it has none for."""
+    quantization: Any = tfmot.quantization.keras
+
+    class OutputRange(quantization.QuantizeConfig):
+        def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
+            return []
+
+        def get_activations_and_quantizers(self, layer: Any) -> list[Any]:
+            return []
+
+        def set_quantize_weights(self, layer: Any, quantize_weights: Any) -> None:
+            pass
+
+        def set_quantize_activations(self, layer: Any, quantize_activations: Any) -> None:
+            pass
+
+        def get_output_quantizers(self, layer: Any) -> list[Any]:
+            make = quantization.quantizers.MovingAverageQuantizer
+            return [make(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)]
+
+        def get_config(self) -> dict[str, Any]:
+            return {}
+
+    # Classes are made by each call: those that the network is built of are the ones to know again.
+    kinds = [type(layer) for layer in model.layers]
+    own = {kind.__name__: kind for kind in kinds if kind.__name__ in _own_layers(keras)}
+    ranged = (*own.values(), keras.layers.Multiply, keras.layers.Subtract)
+
+    def annotated(layer: Any) -> Any:
+        return quantization.quantize_annotate_layer(layer, OutputRange()) if isinstance(layer, ranged) else layer
+
+    with quantization.quantize_scope({"OutputRange": OutputRange, **own}):
+        marked = keras.models.clone_model(model, clone_function=annotated)
+        return quantization.quantize_apply(quantization.quantize_annotate_model(marked))
 
 
 def _predict(model: Any, images: np.ndarray) -> np.ndarray:
@@ -203,18 +286,16 @@ def _converted(tf: Any, model: Any, request: dict[str, Any]) -> bytes:
 
 
 def _trained_weights(model: Any, nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the weights as they are before rounding, by layer and number."""
-    wanted = {node["layer"] for node in nodes if node["n_weights"]}
+    """Return the weights as they are before rounding, by the key that they came with."""
+    keys = {node["layer"]: node["weights"] for node in nodes if node["weights"]}
     found: dict[str, Any] = {}
     for wrapper in model.layers:
         layer = getattr(wrapper, "layer", None)
-        if layer is None or layer.name not in wanted:
+        if layer is None or layer.name not in keys or type(layer).__name__ == "BatchNormalization":
             continue
         kernels = [variable for variable, *_ in wrapper._weight_vars]
-        if not kernels:
-            continue
-        values = [kernels[0].numpy(), *([layer.bias.numpy()] if layer.use_bias else [])]
-        found |= {f"{layer.name}/{number}": value for number, value in enumerate(values)}
+        values = [*kernels[:1], *([layer.bias] if layer.use_bias else [])] if kernels else layer.trainable_weights
+        found |= {key: value.numpy() for key, value in zip(keys[layer.name], values, strict=True)}
     return found
 
 

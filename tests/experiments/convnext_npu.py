@@ -61,10 +61,15 @@ def give_weights(model) -> None:
 
 
 def network(name: str, made: dict, images: np.ndarray):
-    """Return a network, made from the one before it."""
+    """Return a network, made from the one before it, or by an earlier run."""
+    import keras
+
     import updp_tf
     from updp_tf.training import blend_layers
 
+    saved = file_of(name, images.shape[1]).with_suffix(".keras")
+    if name not in made and saved.exists():
+        made[name] = keras.saving.load_model(saved)
     if name not in made:
         before = network(NETWORKS[NETWORKS.index(name) - 1], made, images)
         if name == "merged":
@@ -78,6 +83,7 @@ def network(name: str, made: dict, images: np.ndarray):
             for layer in blend_layers(student):  # as the end of a training leaves them
                 layer.step.assign(1)
             made[name] = updp_tf.merge(student)
+        made[name].save(saved)
     return made[name]
 
 

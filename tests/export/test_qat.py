@@ -39,6 +39,40 @@ def test_a_network_learns_to_live_with_int8(tmp_path):
     assert json.loads(json.dumps(result.as_json()))["loss_after"] == result.loss_after
 
 
+def gates_and_norms() -> keras.Model:
+    """Hard-swish alone and fused into a convolution, a squeeze-and-excite gate, LayerNorms with and without gains."""
+    image = keras.Input((17, 17, 3), name="image")
+    x = keras.layers.Conv2D(16, 3, strides=2, activation="hard_silu", name="stem")(image)
+    y = keras.layers.DepthwiseConv2D(3, padding="same")(x)
+    y = keras.layers.LayerNormalization(epsilon=1e-6, name="norm")(y)
+    y = keras.layers.Activation("hard_silu")(keras.layers.Conv2D(16, 1, name="mix")(y))
+    gate = keras.layers.GlobalAveragePooling2D(keepdims=True)(y)
+    gate = keras.layers.Conv2D(16, 1, activation="sigmoid", name="gate")(gate)
+    x = keras.layers.Add()([x, keras.layers.Multiply()([y, gate])])
+    x = keras.layers.LayerNormalization(scale=False, center=False, name="bare")(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Dense(24, activation="gelu", name="dense")(x))
+    return randomise(keras.Model(image, keras.layers.Dense(10, name="logits")(x), name="gates"))
+
+
+@pytest.mark.slow
+def test_gates_norms_and_hard_swish_learn_in_integers(tmp_path):
+    keras.utils.set_random_seed(0)
+    model, images = gates_and_norms(), some_images(160, shape=(17, 17, 3))
+    result = quantize_aware(model, tmp_path / "m.tflite", images, steps=60, learning_rate=1e-4)
+    assert result.bridge_error <= 1e-5 and result.file_error <= 0.05
+    assert result.loss_after < result.loss_before < 0.1 and result.loss == "logits"
+    file = tflite_export.read_flatbuffer(result.path)
+    assert {tensor.dtype for tensor in file.tensors} <= {"int8", "int32"}
+    assert file.operator_counts["HARD_SWISH"] == 2 and file.operator_counts["RSQRT"] == 2
+    wanted = keras_outputs(model, images[:40])
+    assert signal_to_noise_db(wanted, tflite_export.run_tflite(result.path, images[:40])) > 20
+    # What was trained came back, gains and offsets of norms included.
+    assert signal_to_noise_db(wanted, keras_outputs(result.model, images[:40])) > 20
+    norms = [one.get_layer("norm").get_weights() for one in (model, result.model)]
+    for before, after in zip(*norms, strict=True):
+        assert 0 < np.abs(before - after).max() < 0.1
+
+
 def with_layer(layer) -> keras.Model:
     image = keras.Input((9, 9, 3), name="image")
     return randomise(keras.Model(image, keras.layers.Flatten()(layer(keras.layers.Conv2D(4, 3)(image)))))
@@ -47,7 +81,11 @@ def with_layer(layer) -> keras.Model:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (keras.layers.LayerNormalization(name="norm"), "layer 'norm' is a LayerNormalization, which"),
+        (keras.layers.GroupNormalization(2, name="norm"), "layer 'norm' is a GroupNormalization, which"),
+        (
+            keras.layers.LayerNormalization(axis=1, name="norm"),
+            "'norm' normalizes over the axes .1.: here it may",
+        ),
         (keras.layers.Activation("mish", name="act"), "layer 'act' applies 'mish', which"),
     ],
 )
