@@ -98,6 +98,7 @@ def latency() -> str:
 
 def coverage() -> str:
     body = []
+    float_errors = {row["model"]: row["error"] for row in rows_of("../float_equality.csv")}
     for row in rows_of("../coverage_table.csv"):
         both = (float(row[name]) for name in ("blend0_error", "blend0_error_further"))
         errors = " / ".join(f"{error:.0e}" if error else "0" for error in both)
@@ -113,11 +114,19 @@ def coverage() -> str:
                 row["expanded"],
                 errors,
                 " / ".join(exported(row[kind]) for kind in ("float32", "int8")),
+                f"{float(float_errors[row['model']]):.0e}" if row["model"] in float_errors else "-",
             ]
         )
     head = ["network (from, pixels)", "blocks (linear but for activations)", "places refused", "all merged into"]
     return table(
-        [*head, "MACs (M)", "expanded", "error at blend 0, two sizes", "float32 / int8 `.tflite`"],
+        [
+            *head,
+            "MACs (M)",
+            "expanded",
+            "error at blend 0, two sizes",
+            "float32 / int8 `.tflite`",
+            "float32 file of the original against Keras",
+        ],
         sorted(body, key=lambda cells: cells[0].lower()),
     )
 
@@ -212,19 +221,32 @@ def order_of_int8(row: dict[str, str]) -> tuple[int, int]:
 
 def npu() -> str:
     body = []
-    for row in rows_of("convnext_npu.csv"):
+    times = {(row["size"], row["network"]): row for row in rows_of("convnext_npu_times.csv")}
+    for row in sorted(rows_of("convnext_npu.csv"), key=lambda row: int(row["size"])):
         reads = "" if row["edgetpu_reads"] == "True" else ", but the compiler cannot read the file"
         mapped = f"{row['edgetpu_mapped']} of {row['operators']}{reads}"
-        macs = f"{int(row['macs']) / 1e6:.0f}"
-        body.append([row["network"], macs, mapped, row["ethosu_cpu_operators"], row["ethosu_estimated_ms"]])
+        macs = f"{int(row['macs']) / 1e6:,.0f}"
+        timed = times.get((row["size"], row["network"]))
+        here = f"{float(timed['median_ms']):.1f} ({float(timed['ratio']):.2f})" if timed else "-"
+        name = f"{row['network']}, {row['size']}"
+        body.append([name, macs, mapped, row["ethosu_cpu_operators"], row["ethosu_estimated_ms"], here])
     head = [
-        "ConvNeXt-Tiny, 64 pixels",
+        "ConvNeXt-Tiny, pixels",
         "MACs (M)",
         "operators on the Edge TPU",
         "on the CPU by Vela",
         "Vela's estimate, ms",
+        "LiteRT here, ms (ratio)",
     ]
     return table(head, body)
+
+
+def export_cost() -> str:
+    body = []
+    for row in rows_of("export_cost.csv"):
+        memory = f"{float(row['caller_gib']):.1f} + {float(row['worker_gib']):.1f}"
+        body.append([row["network"], row["n_images"], f"{float(row['cpu_seconds']):.0f}", memory])
+    return table(["int8 export, 224 pixels", "images", "CPU s", "GiB at most, caller + worker"], body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -237,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "int8": int8,
     "npu": npu,
+    "export": export_cost,
 }
 
 
