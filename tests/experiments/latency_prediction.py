@@ -1,12 +1,14 @@
-"""Predicted against measured time: MobileNetV2's table, twenty random plans, plans chosen by it, and intervals.
+"""Predicted against measured time: latency tables, twenty random plans, plans chosen by a table, and intervals.
 
     uv run --frozen python -m tests.experiments.latency_prediction all
 
 or one of its parts:
 
-    ... table        float32 and int8 tables of MobileNetV2 at 224, one thread; seconds of each
+    ... table        float32 and int8 tables of MobileNetV2 at 224, int8 of ResNet-56, float32 of ConvNeXt-Tiny at 224,
+                     one thread; seconds of each
     ... predictions  twenty networks of random plans that the correction was not fitted to
-    ... plans        plans chosen with the table, by MACs, and by the number of blocks, at five measured times (int8)
+    ... plans        MobileNetV2 and ResNet-56: plans chosen with the table, by MACs, and by the number of blocks, at
+                     five measured times (int8)
     ... coverage     ten benchmarks of a file against a copy of itself: does the interval of the ratio hold 1?
     ... report       print what the CSV files beside this one say
     ... rehearse     all of it with a network of milliseconds, in a folder of its own: shows that it runs, nothing else
@@ -17,6 +19,7 @@ Times need an idle machine. Rows that are there are not measured again: delete a
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import numpy as np
 from tests.experiments.records import HERE, Records, shared_loader
 
 PRECISIONS = ("float32", "int8")
+"""That plans are predicted in."""
 SEED = 7  # not the seed of the networks that the correction is fitted to
 
 
@@ -43,9 +47,11 @@ class Setting:
 
     folder: Path = HERE
     name: str = "mobilenet_v2"
+    precisions: tuple[str, ...] = PRECISIONS
     max_seconds: float = 120.0
     n_plans: int = 20
     fractions: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75)
+    merged: tuple[int, ...] = (2, 4, 6, 8, 10)
     n_runs: int = 10
     min_seconds: float = 3.0
 
@@ -57,6 +63,31 @@ class Setting:
 
         found = Data("even")
         return Images(found.calibration, found.images, found.labels)
+
+
+class ResNet56(Setting):
+    """CIFAR-10, 27 blocks."""
+
+    def model(self):
+        return shared_loader().resnet56()
+
+    def data(self) -> Images:
+        from tests.experiments.resnet56_merging import N_CALIBRATION
+
+        load = shared_loader()
+        (x_train, _), (x_test, y_test) = load.cifar10()
+        chosen = np.random.default_rng(0).choice(len(x_train), N_CALIBRATION, replace=False)
+        return Images(load.cifar_preprocess(x_train[chosen]), load.cifar_preprocess(x_test), y_test)
+
+
+class ConvNeXtTiny(Setting):
+    """Random weights: only its table is measured."""
+
+    def model(self):
+        import keras
+
+        keras.utils.set_random_seed(0)
+        return keras.applications.ConvNeXtTiny(weights=None)
 
 
 class Rehearsal(Setting):
@@ -87,7 +118,7 @@ def table(at: Setting) -> None:
     import updp_tf
 
     records = seconds(at)
-    for precision in PRECISIONS:
+    for precision in at.precisions:
         path = table_path(at, precision)
         if records.find(model=at.name, precision=precision) and path.exists():
             continue
@@ -116,7 +147,7 @@ def predictions(at: Setting) -> None:
     from updp_tf.timing import block_key, network_key, random_network
 
     records = predicted(at)
-    for precision in PRECISIONS:
+    for precision in at.precisions:
         if len([row for row in records.rows if row["precision"] == precision]) >= at.n_plans:
             continue
         parts = LatencyTable.load(table_path(at, precision), precision=precision)
@@ -149,7 +180,7 @@ def predictions(at: Setting) -> None:
 
 def chosen(at: Setting) -> Records:
     values = ("merged", "forms", "macs", "predicted_ms", "measured_ms", "ratio", "low", "high", "top1", "n")
-    return Records(at.folder / "latency_plans.csv", ("by", "target"), values)
+    return Records(at.folder / "latency_plans.csv", ("model", "by", "target"), values)
 
 
 def plans(at: Setting) -> None:
@@ -167,10 +198,10 @@ def plans(at: Setting) -> None:
             budget = {
                 "latency": {"latency": fraction},
                 "macs": {"macs": fraction},
-                "merged": {"merged": 2 + 2 * number},
+                "merged": {"merged": at.merged[number]},
             }
             target = str(next(iter(budget[by].values())))
-            if records.find(by=by, target=target):
+            if records.find(model=at.name, by=by, target=target):
                 continue
             known = times if by == "latency" else None
             small = updp_tf.prune(model, calibration=images, budget=budget[by], latency=known, verbose=False)
@@ -196,7 +227,7 @@ def plans(at: Setting) -> None:
                     "n": accuracy.n,
                 }
 
-            records.ensure(row, by=by, target=target)
+            records.ensure(row, model=at.name, by=by, target=target)
 
 
 def covered(at: Setting) -> Records:
@@ -245,7 +276,12 @@ def report(at: Setting) -> None:
             )
     for row in chosen(at).rows:
         ratio = f"x {row['ratio']} [{row['low']}, {row['high']}]"
-        print(f"by {row['by']:8} {row['target']:>5}: {row['merged']:>2} merged, {ratio}, top-1 {row['top1']}")
+        who = f"{row['model']}, by {row['by']:8} {row['target']:>5}"
+        print(f"{who}: {row['merged']:>2} merged, {ratio}, top-1 {row['top1']}")
+    for model in dict.fromkeys(row["model"] for row in chosen(at).rows):
+        for ratio, own, rivals in at_equal_time([row for row in chosen(at).rows if row["model"] == model]):
+            told = ", ".join(f"by {by} {100 * top1:.1f}" for by, top1 in rivals.items())
+            print(f"{model} at {ratio:.3f} of the time: by latency {100 * own:.1f} %, {told}")
     for state in dict.fromkeys(row["state"] for row in covered(at).rows):
         rows = [row for row in covered(at).rows if row["state"] == state]
         inside = sum(float(row["low"]) <= 1 <= float(row["high"]) for row in rows)
@@ -253,15 +289,39 @@ def report(at: Setting) -> None:
         print(f"{state}: {inside} of {len(rows)} intervals hold 1.00, the widest is {widest:.3f} wide")
 
 
+def at_equal_time(rows: list[dict[str, str]]) -> Iterator[tuple[float, float, dict[str, float]]]:
+    """Yield for each plan chosen by latency its measured ratio, its top-1, and its rivals' top-1 at that ratio.
+
+    A rival's accuracy between two of its plans lies on the line between them; beyond its fastest it has none.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row["by"], []).append((float(row["ratio"]), float(row["top1"])))
+    for row in rows:
+        if row["by"] != "latency":
+            continue
+        ratio, rivals = float(row["ratio"]), {}
+        for by, found in points.items():
+            measured = sorted(found)
+            if by != "latency" and measured[0][0] <= ratio <= measured[-1][0]:
+                rivals[by] = float(np.interp(ratio, *zip(*measured, strict=True)))
+        yield ratio, float(row["top1"]), rivals
+
+
 if __name__ == "__main__":
     parts = {"table": table, "predictions": predictions, "plans": plans, "coverage": coverage, "report": report}
+    mobilenet = Setting()
+    resnet = ResNet56(
+        name="resnet56", precisions=("int8",), fractions=(0.9, 0.8, 0.7, 0.6, 0.5), merged=(4, 8, 12, 16, 20)
+    )
+    convnext = ConvNeXtTiny(name="convnext_tiny", precisions=("float32",), max_seconds=600.0)
+    settings = {"table": (mobilenet, resnet, convnext), "plans": (mobilenet, resnet)}
     if sys.argv[1] == "rehearse":
         with tempfile.TemporaryDirectory() as made:
-            small = Rehearsal(Path(made), "rehearsal", 4.0, 4, (0.95, 0.9), 2, 0.1)
+            small = Rehearsal(Path(made), "rehearsal", ("int8",), 4.0, 4, (0.95, 0.9), (1, 2), 2, 0.1)
             for part in parts.values():
                 part(small)
-    elif sys.argv[1] == "all":
-        for part in parts.values():
-            part(Setting())
     else:
-        parts[sys.argv[1]](Setting(), *sys.argv[2:])
+        for name in parts if sys.argv[1] == "all" else sys.argv[1:2]:
+            for setting in settings.get(name, (mobilenet,)):
+                parts[name](setting, *sys.argv[2:])
