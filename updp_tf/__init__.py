@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from updp_tf.forms import register_form
     from updp_tf.isomorphic.coupling import Coupling, per_channel
     from updp_tf.isomorphic.couplings import register_coupling
+    from updp_tf.isomorphic.ranking import Width
     from updp_tf.learning import Learned
     from updp_tf.measuring import Target, estimate_latency, measure_latency
     from updp_tf.mending import fold_norms, reestimate_norms, refit
-    from updp_tf.narrowing import Width, narrow
+    from updp_tf.narrowing import narrow
     from updp_tf.planning import Plan
     from updp_tf.progress import linearize, progressive
     from updp_tf.pruning import Options, merge, prune, search
@@ -78,6 +79,7 @@ _MODULE_BY_NAME = {
     "Coupling": "isomorphic.coupling",
     "per_channel": "isomorphic.coupling",
     "register_coupling": "isomorphic.couplings",
+    "Width": "isomorphic.ranking",
     "Target": "measuring",
     "estimate_latency": "measuring",
     "measure_latency": "measuring",
@@ -85,7 +87,6 @@ _MODULE_BY_NAME = {
     "reestimate_norms": "mending",
     "refit": "mending",
     "NarrowingReport": "reporting",
-    "Width": "narrowing",
     "narrow": "narrowing",
     "Plan": "planning",
     "linearize": "progress",

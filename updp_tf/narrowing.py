@@ -6,80 +6,28 @@ images, norms are renewed and the layer that closes each block is refitted, in s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from updp_tf.blocks import find_blocks_in, network_cost, prepared_graph
 from updp_tf.console import shown
-from updp_tf.cost import TABLE_UNITS, Budget, readable
+from updp_tf.cost import TABLE_UNITS, Budget
 from updp_tf.errors import BudgetError, ModelError
 from updp_tf.expansions import expand
 from updp_tf.graph import build_model, read_graph
-from updp_tf.isomorphic.cutting import cut_units, kept_of, resized_graph
-from updp_tf.isomorphic.dependency import Dependencies, Group, find_dependencies
-from updp_tf.isomorphic.gradients import gradient_statistics
-from updp_tf.isomorphic.importance import IMPORTANCES, Importance, group_scores, single_input
-from updp_tf.isomorphic.scopes import SCOPES, Scope, choose_units, scope_key
+from updp_tf.isomorphic.cutting import cut_units, kept_of
+from updp_tf.isomorphic.importance import Importance, single_input
+from updp_tf.isomorphic.ranking import Allocation, Ranking, Width, nothing_to_cut
+from updp_tf.isomorphic.ratios import Measurer, measured_ratio, ratio_within
+from updp_tf.isomorphic.scopes import Scope
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, image_batches
 from updp_tf.refitting import Refitted, refit_closing_layer
 from updp_tf.reporting import NarrowedGroup, NarrowingReport
-from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref, Refusal
+from updp_tf.structure import Block, Cost, ModelGraph, Node, Ref
 from updp_tf.walking import Progress, Tensors, Unit, Walk, one_blas_thread, units
-
-BISECTIONS = 12
-"""Halvings of the ratio while a budget is met: the ratio is known to one part in 4,096."""
-
-VISITS = 3
-"""To a device, while a budget in time is met."""
-PER_VISIT = 5
-"""Ratios between the last two, timed in one visit: at the end the ratio is known to one part in 216."""
-
-Allocation = Literal["ratio", "score"]
-
-ALLOCATIONS: tuple[Allocation, ...] = ("ratio", "score")
-
-
-class Measurer(Protocol):
-    """What tells the time of networks and the size of their files: `updp_tf.Target` on a device."""
-
-    def measure(self, models: Mapping[str, Any]) -> Mapping[str, tuple[int, int]]:
-        """Return nanoseconds and bytes by the names of the models."""
-
-
-@dataclass(frozen=True)
-class Width:
-    """Which channels may go, and what ranks them.
-
-    Attributes:
-        scope: which channels share a ranking: those of `isomorphic` groups, `global` all, `local` those of a group.
-        importance: `l1`, `l2`, `activation`, `taylor`, `hessian` or `random`.
-        allocation: under a budget, every scope gives the same part of its channels (`ratio`), or those go first
-            whose score is least for what they save (`score`).
-        round_to: every group keeps a multiple of so many channels, and at least so many; heads are not rounded.
-        streams: cut residual streams, too.
-        ignore: names of layers whose own channels are kept.
-    """
-
-    scope: Scope = "isomorphic"
-    importance: Importance = "l2"
-    allocation: Allocation = "ratio"
-    round_to: int = 8
-    streams: bool = False
-    ignore: Collection[str] = ()
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("scope", self.scope, SCOPES),
-            ("importance", self.importance, IMPORTANCES),
-            ("allocation", self.allocation, ALLOCATIONS),
-        ):
-            if value not in known:
-                raise BudgetError(f"`{name}` is one of {', '.join(known)}. Received: {value!r}.")
-        if not isinstance(self.round_to, int) or self.round_to < 1:
-            raise BudgetError(f"`round_to` is a whole number, 1 or more. Received: {self.round_to!r}.")
 
 
 def narrow(
@@ -162,103 +110,6 @@ def narrow(
     return small
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """What ranks the channels of a network.
-
-    Attributes:
-        width: which channels may go, and by what they are ranked.
-        images: calibration images, or None.
-        labels: of the images, or None.
-        loss: that goes with the labels, or None.
-        seed: of what is drawn.
-    """
-
-    width: Width
-    images: np.ndarray | None
-    labels: Any = None
-    loss: Any = None
-    seed: int = 0
-
-    def cuttable(self, graph: ModelGraph) -> Dependencies:
-        """Return which channels of a graph go together, those that are left whole among the refusals."""
-        return _cuttable(find_dependencies(graph), self.width.streams, self.width.ignore)
-
-    def ranked(self, dependencies: Dependencies, *, counts: Mapping[str, int] | None = None, step: int = 1) -> Ranked:
-        """Score the channels of a network.
-
-        Args:
-            dependencies: of the network.
-            counts: channels that each group had before earlier steps, by name.
-            step: number of the step, from 1.
-        """
-        importance, gradients = self.width.importance, None
-        if importance in ("taylor", "hessian"):
-            gradients = gradient_statistics(
-                dependencies.graph, importance, self.images, self.labels, self.loss, seed=self.seed
-            )
-        scores = group_scores(
-            dependencies, importance, images=self.images, gradients=gradients, seed=self.seed + step - 1
-        )
-        counts = counts or {group.name: group.size for group in dependencies.groups}
-        return Ranked(dependencies, scores, self.width, counts)
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """A network whose channels are ranked: how a ratio turns into a cut, and what the cut leaves.
-
-    Attributes:
-        dependencies: of the network.
-        scores: of the units of each group.
-        width: which channels share a ranking.
-        counts: units that each group had before earlier steps.
-        rates: of the scopes, as in `choose_units`.
-    """
-
-    dependencies: Dependencies
-    scores: Mapping[str, np.ndarray]
-    width: Width
-    counts: Mapping[str, int]
-    rates: Mapping[Hashable, float] | None = None
-
-    def cut(self, ratio: float) -> frozenset[int]:
-        """Return the units that go."""
-        return choose_units(
-            self.dependencies.groups,
-            self.scores,
-            ratio,
-            scope=self.width.scope,
-            round_to=self.width.round_to,
-            counts=self.counts,
-            rates=self.rates,
-        )
-
-    def outline(self, ratio: float) -> ModelGraph:
-        """Return a graph of the shapes that are left, to be counted and never run."""
-        return resized_graph(self.dependencies, self.cut(ratio))
-
-    def allocated(self, unit: str) -> Ranked:
-        """Return the same with one ranking for all scopes: by score over what is saved of a unit of `Cost`.
-
-        In a scope, units stay in the order of their scores. What a score of 1 is worth in it is the part of a group
-        that such a unit is, over what a unit of the scope saves on average.
-        """
-        groups = self.dependencies.groups
-        before = getattr(network_cost(self.dependencies.graph), unit)
-        by_scope: dict[Hashable, list[Group]] = {}
-        for group in groups:
-            by_scope.setdefault(scope_key(group, self.width.scope), []).append(group)
-        rates: dict[Hashable, float] = {}
-        for key, members in by_scope.items():
-            whole = choose_units(members, self.scores, 1.0, scope=self.width.scope, round_to=self.width.round_to)
-            saved = before - getattr(network_cost(resized_graph(self.dependencies, whole)), unit)
-            size = np.mean([group.size for group in members])
-            # what saves nothing goes last
-            rates[key] = float(len(whole) / (max(saved, 1) * size))
-        return replace(self, rates=rates)
-
-
 def narrow_graph(
     graph: ModelGraph,
     amount: float | Budget,
@@ -339,12 +190,6 @@ def narrow_graph(
     return narrowed, report
 
 
-def nothing_to_cut(graph: ModelGraph, ranking: Ranking) -> str:
-    """Say why no channels of a graph can be cut."""
-    reasons = "; ".join(str(refusal) for refusal in ranking.cuttable(graph).boundaries[:5])
-    return f"'{graph.name}' has no channels that can be cut: {reasons or 'no layer makes any'}."
-
-
 def _checked(ratio: Any, budget: Any, width: Width, steps: int, target: Measurer | None) -> float | Budget:
     if (ratio is None) == (budget is None):
         raise BudgetError("Give either `ratio`, the part of the channels that goes, or `budget`.")
@@ -382,146 +227,6 @@ def _loss_of(model: Any, labels: Any) -> Any:
             f"'{model.name}' is not compiled, so there is no loss for the labels; compile it, or give none."
         )
     return loss
-
-
-def _cuttable(dependencies: Dependencies, streams: bool, ignore: Collection[str]) -> Dependencies:
-    """Return the dependencies with the groups that are left whole moved to the refusals."""
-    names = {node.name for node in dependencies.graph} | {
-        getattr(node.layer, "name", node.name) for node in dependencies.graph
-    }
-    if unknown := sorted(set(ignore) - names):
-        raise ModelError(f"'{dependencies.graph.name}' has no layer named '{unknown[0]}', which `ignore` lists.")
-    groups: list[Group] = []
-    kept: list[Refusal] = []
-    for group in dependencies.groups:
-        makers = [member for member in group.members if member.role not in ("in", "through")]
-        ignored = [m for m in makers if m.node.name in ignore or getattr(m.node.layer, "name", "") in ignore]
-        if ignored:
-            kept.append(Refusal(group.name, "ignore", f"'{ignored[0].node.name}' is to be left whole"))
-        elif group.is_stream and not streams:
-            kept.append(Refusal(group.name, "stream", "a residual stream, left whole; streams=True cuts it"))
-        else:
-            groups.append(group)
-    return replace(dependencies, groups=tuple(groups), boundaries=(*dependencies.boundaries, *kept))
-
-
-def ratio_within(ranked: Ranked, limits: Budget, original: Cost, part: float = 1.0) -> float:
-    """Return the smallest ratio whose cost is within the limits, or the given part of the way to them.
-
-    Args:
-        ranked: channels of the network.
-        limits: on resources.
-        original: cost that fractions are of.
-        part: of the way, in logarithms.
-
-    Raises:
-        BudgetError: the limits cannot be met.
-    """
-    costs: dict[frozenset[int], Cost] = {}
-
-    def cost(ratio: float) -> Cost:
-        cut = ranked.cut(ratio)
-        if cut not in costs:
-            costs[cut] = network_cost(resized_graph(ranked.dependencies, cut))
-        return costs[cut]
-
-    bounds = bounds_on_the_way(limits, original, part)
-
-    def is_met(ratio: float) -> bool:
-        return all(getattr(cost(ratio), unit) <= bound for unit, bound in bounds.items())
-
-    if is_met(0.0):
-        return 0.0
-    low, high = 0.0, 1.0
-    if not is_met(high):
-        raise _out_of_reach(limits, bounds, cost(high))
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_met(middle) else (middle, high)
-    return high
-
-
-def bounds_on_the_way(limits: Budget, original: Cost, part: float) -> dict[str, int]:
-    """Return the most there may be of each limited unit, a part of the way down to the limits, in logarithms."""
-    return {
-        unit: bound if part == 1 else int(getattr(original, unit) * (bound / getattr(original, unit)) ** part)
-        for unit, bound in limits.bounds(original).items()
-    }
-
-
-def measured_ratio(
-    ranked: Ranked,
-    limits: Budget,
-    target: Measurer,
-    original: ModelGraph,
-    part: float = 1.0,
-    progress: Progress | None = None,
-) -> tuple[float, Cost, Cost]:
-    """Return the smallest ratio that was measured to be within limits, and what the original and the result cost.
-
-    The original is timed in every visit, beside the networks that are compared with it: devices have slow hours.
-
-    Args:
-        ranked: channels of the network.
-        limits: on resources, those of files among them.
-        target: measures times and bytes.
-        original: network that fractions are of.
-        part: of the way, in logarithms.
-        progress: called before each visit.
-
-    Raises:
-        BudgetError: the limits cannot be met.
-        TfliteExportError: the target's device is absent or went away.
-    """
-
-    def whole_cost(graph: ModelGraph, measured: tuple[int, int]) -> Cost:
-        return replace(network_cost(graph), latency_ns=measured[0], file_bytes=measured[1])
-
-    def measure(ratios: Sequence[float]) -> tuple[Cost, dict[float, Cost]]:
-        graphs = {ratio: cut_units(ranked.dependencies, ranked.cut(ratio)) for ratio in ratios}
-        models = {f"ratio_{ratio:.6f}": build_model(graph) for ratio, graph in graphs.items()}
-        found = target.measure({"original": build_model(original)} | models)
-        costs = {ratio: whole_cost(graph, found[f"ratio_{ratio:.6f}"]) for ratio, graph in graphs.items()}
-        return whole_cost(original, found["original"]), costs
-
-    def is_met(before: Cost, cost: Cost) -> bool:
-        bounds = bounds_on_the_way(limits, before, part)
-        return all(getattr(cost, unit) <= bound for unit, bound in bounds.items())
-
-    def visit(number: int, low: float, high: float) -> list[float]:
-        if progress is not None:
-            progress(number, VISITS, f"time ratios between {low:.2f} and {high:.2f}")
-        between = [low + (high - low) * step / (PER_VISIT + 1) for step in range(1, PER_VISIT + 1)]
-        return _of_different_cuts(ranked, [low, *between, high])
-
-    asked = visit(0, 0.0, 1.0)
-    before, costs = measure(asked)
-    met = [ratio for ratio in asked if is_met(before, costs[ratio])]
-    if not met:
-        raise _out_of_reach(limits, limits.bounds(before), costs[asked[-1]])
-    best = met[0], before, costs[met[0]]
-    for number in range(1, VISITS):
-        low = max((ratio for ratio in asked if ratio < best[0]), default=best[0])
-        # what is known to fail, and what is known to be met, is not timed again
-        asked = visit(number, low, best[0])[1:-1]
-        if not asked:
-            break
-        before, costs = measure(asked)
-        met = [ratio for ratio in asked if is_met(before, costs[ratio])]
-        best = (met[0], before, costs[met[0]]) if met else best
-        asked = [low, *asked]
-    return best
-
-
-def _of_different_cuts(ranked: Ranked, ratios: Sequence[float]) -> list[float]:
-    """Return the ratios without those that cut what the one before cuts."""
-    cuts = {ratio: ranked.cut(ratio) for ratio in ratios}
-    return [ratio for i, ratio in enumerate(ratios) if i == 0 or cuts[ratio] != cuts[ratios[i - 1]]]
-
-
-def _out_of_reach(limits: Budget, bounds: Iterable[str], least: Cost) -> BudgetError:
-    told = ", ".join(f"{readable(getattr(least, unit), unit)} {unit}" for unit in bounds)
-    return BudgetError(f"Narrowing cannot come down to {limits}: with every group at its least it has {told}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, form_by_name
 from updp_tf.graph import fingerprint, load_model, weights_hash
+from updp_tf.isomorphic.ranking import Ranking, Width
 from updp_tf.judging import Judge, ScoreFn, total_divergence
 from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
-from updp_tf.narrowing import Ranking, Width
 from updp_tf.partitioning import Solution
 from updp_tf.planning import Plan
 from updp_tf.reconstructing import reconstruct

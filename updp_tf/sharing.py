@@ -16,8 +16,10 @@ from updp_tf.blocks import Blocks, cost_of, liveness, network_cost, prepared_gra
 from updp_tf.cost import Budget, Limit
 from updp_tf.errors import BudgetError, ModelError
 from updp_tf.graph import build_model
+from updp_tf.isomorphic.ranking import Ranking, nothing_to_cut
+from updp_tf.isomorphic.ratios import ratio_within
 from updp_tf.merging import Merged
-from updp_tf.narrowing import Ranking, narrow_graph, nothing_to_cut, ratio_within
+from updp_tf.narrowing import narrow_graph
 from updp_tf.partitioning import Solution
 from updp_tf.reporting import NarrowingReport
 from updp_tf.searching import Space

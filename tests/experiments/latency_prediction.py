@@ -231,7 +231,7 @@ def plans(at: Setting) -> None:
 
 
 def covered(at: Setting) -> Records:
-    return Records(at.folder / "interval_coverage.csv", ("state", "run"), ("ratio", "low", "high", "noisy", "load"))
+    return Records(at.folder / "interval_coverage.csv", ("state", "number"), ("ratio", "low", "high", "noisy", "load"))
 
 
 def coverage(at: Setting, state: str = "idle") -> None:
@@ -245,12 +245,12 @@ def coverage(at: Setting, state: str = "idle") -> None:
         paths = [Path(folder) / f"{name}.tflite" for name in ("one", "copy")]
         tflite_export.export(at.model(), paths[0], quantize="int8", calibration=at.data().calibration[:20])
         paths[1].write_bytes(paths[0].read_bytes())
-        for run in range(at.n_runs):
+        for number in range(at.n_runs):
             row = tflite_export.benchmark(paths, check_outputs=False, min_seconds=at.min_seconds).rows[1]
             told = {"ratio": row.ratio, "low": row.ratio_low, "high": row.ratio_high}
             values = {name: f"{value:.4f}" for name, value in told.items()}
             extra = {"noisy": row.noisy, "load": row.device.load_average}
-            records.ensure(lambda values=values, extra=extra: values | extra, state=state, run=run)
+            records.ensure(lambda values=values, extra=extra: values | extra, state=state, number=number)
 
 
 def report(at: Setting) -> None:

@@ -61,8 +61,8 @@ def network(model, images, way: str, less: float):
     from updp_tf.blocks import find_blocks
     from updp_tf.cost import Budget
     from updp_tf.forms import form_by_name
+    from updp_tf.isomorphic.ranking import Ranking, Width
     from updp_tf.merging import Choice, merge_in_sequence
-    from updp_tf.narrowing import Ranking, Width
     from updp_tf.scoring import score
     from updp_tf.sharing import share_budget
 

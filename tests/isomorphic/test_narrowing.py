@@ -18,7 +18,9 @@ from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, CalibrationError, ModelError
 from updp_tf.graph import read_graph
 from updp_tf.isomorphic.gradients import gradient_statistics
-from updp_tf.narrowing import PER_VISIT, VISITS, Ranking, Width, measured_ratio, narrow
+from updp_tf.isomorphic.ranking import Ranking, Width
+from updp_tf.isomorphic.ratios import PER_VISIT, VISITS, measured_ratio
+from updp_tf.narrowing import narrow
 
 
 def outputs(model, x) -> np.ndarray:

@@ -17,7 +17,8 @@ from tests.keras.test_merging import images_for
 from updp_tf.blocks import find_blocks_in, network_cost, prepared_graph
 from updp_tf.errors import BudgetError, ModelError, TrainingError
 from updp_tf.graph import build_model
-from updp_tf.narrowing import Ranking, Width, narrow, narrow_graph
+from updp_tf.isomorphic.ranking import Ranking, Width
+from updp_tf.narrowing import narrow, narrow_graph
 from updp_tf.reporting import PruningReport
 from updp_tf.training import Training
 
