@@ -312,7 +312,7 @@ def check_front_padded(blocks: Blocks, block: Block, maps, found: list[Fitted | 
 
 @pytest.fixture(autouse=True, scope="module")
 def rare_collections() -> Iterator[None]:
-    """Collect garbage rarely: networks are cycles of thousands of objects, and a fifth of the time went into looking."""
+    """Collect garbage rarely: networks are cycles of thousands of objects, and looking took a fifth of the time."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()
