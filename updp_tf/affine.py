@@ -673,6 +673,31 @@ def add_projection_skip(conv: AffineConv, projection: AffineConv) -> AffineConv:
     return replace(conv, kernel=_freeze(kernel), bias=conv.bias + projection.bias)
 
 
+def add(first: AffineConv, second: AffineConv) -> AffineConv:
+    """Return `first(x) + second(x)` as one map, borders included: the kernels lie where their paddings say.
+
+    Args:
+        first: any map.
+        second: with the same strides and channels, reaching as far beyond its padding as the first one.
+
+    Raises:
+        ShapeError: the two have other strides or channels, or their outputs have other sizes.
+    """
+    if (first.c_in, first.c_out, first.strides) != (second.c_in, second.c_out, second.strides):
+        raise ShapeError(f"Two maps are added that have other channels or strides: {first!r}, {second!r}")
+    groups = gcd(first.groups, second.groups)
+    top, bottom, left, right = (max(pair) for pair in zip(first.padding, second.padding, strict=True))
+    grown: list[np.ndarray] = []
+    for one in (first, second):
+        one = regroup(write_out_dilation(one), groups)
+        zeros = ((top - one.padding[0], bottom - one.padding[1]), (left - one.padding[2], right - one.padding[3]))
+        grown.append(np.pad(one.kernel, (*zeros, (0, 0), (0, 0))))
+    if grown[0].shape != grown[1].shape:
+        raise ShapeError(f"The outputs of two maps that are added have other sizes: {first!r}, {second!r}")
+    kernel, bias = _freeze(grown[0] + grown[1]), first.bias + second.bias
+    return AffineConv(kernel, bias, strides=first.strides, groups=groups, padding=(top, bottom, left, right))
+
+
 def _skip_tap(conv: AffineConv) -> tuple[AffineConv, tuple[int, int]]:
     """Return the map without dilation and the tap that reads the pixel a 1x1 of the same stride reads."""
     conv = write_out_dilation(conv)

@@ -1,8 +1,9 @@
-"""Merge merged blocks again: two that read one another with nothing in between are one linear map.
+"""Merge merged blocks again: two that read one another with nothing in between, or whose sum is all that is read.
 
 A merged block is one or two linear layers, with an Add where it kept its skip. Behind another one it composes with it,
 exactly, as long as its padding shows it what the first would have written there. Worth it where the composed layer
-multiplies less: two pointwise maps with their skips become one.
+multiplies less: two pointwise maps with their skips become one. Two that read the same tensor and are added are one
+map too, their sum.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Linear:
     exit: Ref
     map: AffineConv
     macs: int
+    name: str
 
 
 def rejoined(merged: Merged) -> tuple[Merged, tuple[str, ...]]:
@@ -43,8 +45,8 @@ def rejoined(merged: Merged) -> tuple[Merged, tuple[str, ...]]:
     graph = read_graph(merged.model)
     blocks = {block.name for block in merged.blocks}
     made: list[str] = []
-    while (pair := _cheaper_pair(graph, blocks)) is not None:
-        graph, name = _joined(graph, *pair)
+    while (both := _cheaper(graph, blocks)) is not None:
+        graph, name = _joined(graph, both)
         blocks.add(name.removesuffix(MERGED))
         made.append(name)
     left = tuple(name for name in made if name in graph.by_name)
@@ -54,8 +56,36 @@ def rejoined(merged: Merged) -> tuple[Merged, tuple[str, ...]]:
     return replace(merged, model=model, error=max(merged.error, require_equal(merged.model, model))), left
 
 
-def _cheaper_pair(graph: ModelGraph, blocks: set[str]) -> tuple[_Linear, _Linear, AffineConv] | None:
-    """Return the first two neighbours whose composition multiplies less than they do, and that."""
+def _cheaper(graph: ModelGraph, blocks: set[str]) -> _Linear | None:
+    """Return the first two merged blocks that are one map which multiplies less than they do, as that."""
+    found = (*_sums(graph, blocks), *_neighbours(graph, blocks))
+    return next((both for both in found if _macs(graph, both.map, both.exit) < both.macs), None)
+
+
+def _sums(graph: ModelGraph, blocks: set[str]) -> Iterable[_Linear]:
+    """Yield merged blocks that read the same tensor and that nobody reads but the Add of the two."""
+    for node in graph:
+        if node.kind != "Add" or len(set(node.inputs)) != 2 or len(node.inputs) != 2:
+            continue
+        if any(graph.readers[ref] != (node.name,) or ref in graph.output_refs for ref in node.inputs):
+            continue
+        paths = [_path(graph, ref, None, blocks) for ref in node.inputs]
+        if not all(paths):
+            continue
+        first, second = (_unit(graph, path, (), ref) for path, ref in zip(paths, node.inputs, strict=True))
+        if first.entry != second.entry:
+            continue
+        try:
+            map = affine.add(first.map, second.map)
+        except ShapeError:
+            continue
+        nodes = (*first.nodes, *second.nodes, node.name)
+        name = f"{first.name}_and_{second.name}"
+        yield _Linear(nodes, first.entry, Ref(node.name), map, first.macs + second.macs, name)
+
+
+def _neighbours(graph: ModelGraph, blocks: set[str]) -> Iterable[_Linear]:
+    """Yield merged blocks of which one reads what the other writes, and nobody else does."""
     linear = {one.exit: one for node in graph for one in _linear(graph, node, blocks)}
     for second in linear.values():
         first = linear.get(second.entry)
@@ -66,10 +96,10 @@ def _cheaper_pair(graph: ModelGraph, blocks: set[str]) -> tuple[_Linear, _Linear
         height, width = image_size(graph.shape(first.entry))
         if not affine.padding_is_exact(first.map, second.map, height=height, width=width):
             continue
-        both = affine.compose(first.map, second.map)
-        if _macs(graph, both, second.exit) < first.macs + second.macs:
-            return first, second, both
-    return None
+        map = affine.compose(first.map, second.map)
+        name = f"{first.name.partition('_to_')[0]}_to_{second.name.rpartition('_to_')[2]}"
+        nodes = (*first.nodes, *second.nodes)
+        yield _Linear(nodes, first.entry, second.exit, map, first.macs + second.macs, name)
 
 
 def _linear(graph: ModelGraph, node: Node, blocks: set[str]) -> Iterable[_Linear]:
@@ -125,7 +155,7 @@ def _unit(graph: ModelGraph, path: tuple[str, ...], join: tuple[str, ...], exit:
     map = affine.compose_all(affine.move_padding_to_front(maps))
     if join:
         map = fold_skip(map, affine.identity(map.c_in))
-    return _Linear((*path, *join), entry, exit, map, macs)
+    return _Linear((*path, *join), entry, exit, map, macs, _block(path[0]) or path[0])
 
 
 def _macs(graph: ModelGraph, map: AffineConv, exit: Ref) -> int:
@@ -133,15 +163,14 @@ def _macs(graph: ModelGraph, map: AffineConv, exit: Ref) -> int:
     return map.kernel.size * (height or 1) * (width or 1)
 
 
-def _joined(graph: ModelGraph, first: _Linear, second: _Linear, map: AffineConv) -> tuple[ModelGraph, str]:
-    start, end = (_block(one.nodes[0]) or "" for one in (first, second))
-    name = f"{start.partition('_to_')[0]}_to_{end.rpartition('_to_')[2]}{MERGED}"
-    ref, shape = first.entry, graph.shape(first.entry)
-    policy = graph.by_name[first.nodes[0]].layer.dtype_policy
+def _joined(graph: ModelGraph, both: _Linear) -> tuple[ModelGraph, str]:
+    name = f"{both.name}{MERGED}"
+    ref, shape = both.entry, graph.shape(both.entry)
+    policy = graph.by_name[both.nodes[0]].layer.dtype_policy
     nodes: list[Node] = []
-    for spec in layer_specs(map, name, rank=len(shape)):
-        nodes.append(new_node(spec, ref, shape, policy, graph.dtype(second.exit)))
+    for spec in layer_specs(both.map, name, rank=len(shape)):
+        nodes.append(new_node(spec, ref, shape, policy, graph.dtype(both.exit)))
         ref, shape = Ref(nodes[-1].name), nodes[-1].shapes[0]
-    if shape != graph.shape(second.exit):
-        raise ShapeError(f"'{name}' writes {shape}, not {graph.shape(second.exit)}.")
-    return graph.replace_site((*first.nodes, *second.nodes), nodes, second.exit, ref), name
+    if shape != graph.shape(both.exit):
+        raise ShapeError(f"'{name}' writes {shape}, not {graph.shape(both.exit)}.")
+    return graph.replace_site(both.nodes, nodes, both.exit, ref), name

@@ -11,6 +11,7 @@ import pytest
 from keras import layers
 
 from tests import zoo
+from tests.keras.test_merging import reference
 from tests.pure.test_fit import augmented
 from updp_tf import moments, scoring
 from updp_tf.affine import Geometry
@@ -87,6 +88,36 @@ def encoder(x):
     x = layers.Add()([x, layers.MultiHeadAttention(2, 4)(y, y)])
     y = layers.Dense(16)(layers.LayerNormalization()(x))
     return layers.Add()([x, layers.Dense(x.shape[-1])(keras.ops.gelu(y))])
+
+
+def in_windows(x, window: int, shift: int):
+    """Attention inside windows of a map that is rolled: reshapes that fold windows into the batch, as Swin has them."""
+    ops = keras.ops
+    _, height, width, channels = x.shape
+    down, across = height // window, width // window
+    y = ops.roll(x, (-shift, -shift), axis=(1, 2)) if shift else x
+    y = ops.transpose(ops.reshape(y, (-1, down, window, across, window, channels)), (0, 1, 3, 2, 4, 5))
+    y = ops.reshape(y, (-1, window * window, channels))
+    y = layers.MultiHeadAttention(2, 4)(y, y)
+    y = ops.transpose(ops.reshape(y, (-1, down, across, window, window, channels)), (0, 1, 3, 2, 4, 5))
+    y = ops.reshape(y, (-1, height, width, channels))
+    return ops.roll(y, (shift, shift), axis=(1, 2)) if shift else y
+
+
+def swin(x, *, tapped: list | None = None):
+    """Two stages of two blocks with patch merging in between; every second block is shifted by half a window."""
+    for stage in range(2):
+        if stage:
+            x = layers.Concatenate()([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)])
+            x = layers.Dense(2 * (x.shape[-1] // 4), use_bias=False)(layers.LayerNormalization()(x))
+        for shift in (0, 2):
+            y = in_windows(layers.LayerNormalization()(x), 4, shift)
+            if tapped is not None:
+                tapped.append(y)
+            x = layers.Add()([x, y])
+            y = layers.Dense(2 * x.shape[-1], activation="gelu")(layers.LayerNormalization()(x))
+            x = layers.Add()([x, layers.Dense(x.shape[-1])(y)])
+    return x
 
 
 def model_of(build, size=(10, 10), channels: int = 6, seed: int = 0) -> keras.Model:
@@ -375,6 +406,30 @@ def test_an_encoder_is_merged_on_tokens() -> None:
 
 
 # Spans
+
+
+def test_attention_in_shifted_windows_is_merged_where_it_is_one_tensor_in_and_one_out() -> None:
+    """Swin: eight blocks; what merges patches changes the size and is no residual, so it stays."""
+    model = model_of(swin, size=(16, 8))
+    blocks = find_blocks(model)
+    assert [block.skip_kind for block in blocks] == ["identity"] * 8 and not blocks.skipped
+    attention, mlp = blocks[::2], blocks[1::2]
+    assert all(block.geometry.kernel_size == (1, 1) for block in mlp)
+    assert [block.geometry.kernel_size for block in attention] == [(31, 15)] * 2 + [(15, 7)] * 2  # read from anywhere
+    assert not any(block.linearizable for block in blocks)
+    images = zoo.inputs_of(model, n=40)
+    choices = [Choice(block.name, "conv3" if block in attention else "pointwise", "kept") for block in blocks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scoring.CalibrationWarning)
+        merged = merge_in_sequence(blocks, choices, images, reestimate=False)
+    assert not any(isinstance(layer, layers.MultiHeadAttention) for layer in merged.model.layers)
+    pairs = zip(zoo.outputs_of(merged.model, images[:3]), reference(blocks, merged.fitted, images[:3]), strict=True)
+    for have, want in pairs:
+        assert np.abs(have - want).max() <= 1e-4 * np.abs(want).max()
+    tapped: list = []
+    build = lambda x: [swin(x, tapped=tapped), *tapped]  # noqa: E731
+    found = find_blocks(model_of(build, size=(16, 8)))
+    assert len(found) == 4 and all("is read outside, as an output" in one.reason for one in found.skipped)
 
 
 def test_spans_are_runs_of_consecutive_blocks() -> None:

@@ -80,6 +80,57 @@ def test_layers_of_the_users_own_stay():
     assert left <= {node.name for node in read_graph(rejoined(merged)[0].model)}
 
 
+def branches(forms, *, strides=1, entry="same", tap=False):
+    """Two chains whose sum is read, as NASNet's cells have them, merged into these forms."""
+    keras.utils.clear_session(free_memory=False)
+    inputs = keras.Input((9, 7, 6))
+    x = layers.ReLU()(zoo.conv_norm(inputs, 6))
+    other = layers.MaxPooling2D(3, strides=1, padding="same")(x) if entry == "other" else x
+    sides = []
+    for side, kernel in ((x, 5), (other, 3)):
+        for step in (strides, 1):
+            side = layers.SeparableConv2D(6, kernel, strides=step, padding="same", use_bias=False)(layers.ReLU()(side))
+            side = layers.BatchNormalization()(side)
+        sides.append(side)
+    outputs = [layers.ReLU()(layers.Add()(sides)), *([sides[0]] if tap else [])]
+    model = zoo.randomise(keras.Model(inputs, outputs))
+    blocks = [block for block in find_blocks(model) if "separable" in block.body[1]]
+    assert len(blocks) == 2
+    choices = [Choice(block.name, form, "folded") for block, form in zip(blocks, forms, strict=True)]
+    images = zoo.inputs_of(model, n=60)
+    return merge_in_sequence(find_blocks(model), choices, images), images
+
+
+@pytest.mark.parametrize(
+    ("forms", "strides", "saved"),
+    [(("pointwise", "pointwise"), 1, 36), (("conv3", "pointwise"), 1, 36), (("conv3", "conv3"), 2, 324)],
+    ids=str,
+)
+def test_two_that_are_added_become_their_sum(forms, strides, saved):
+    """NASNet's cells add two branches that read the same tensor: merged, they are one layer."""
+    merged, images = branches(forms, strides=strides)
+    again, names = rejoined(merged)
+    assert len(names) == 1 and "_and_" in names[0]
+    assert not any(isinstance(one, layers.Add) for one in again.model.layers)
+    assert macs(merged.model) - macs(again.model) == saved * -(-9 // strides) * -(-7 // strides)
+    want, have = (np.asarray(one.model(images, training=False), "float64") for one in (merged, again))
+    assert np.abs(have - want).max() <= 1e-5 * np.abs(want).max()  # borders included
+
+
+@pytest.mark.parametrize(
+    ("forms", "how"),
+    [
+        (("pointwise", "pointwise"), {"entry": "other"}),
+        (("pointwise", "pointwise"), {"tap": True}),
+        (("separable3", "separable3"), {}),
+    ],
+    ids=["other entry", "read elsewhere", "dense would cost more"],
+)
+def test_sums_stay_where_there_is_no_cheaper_layer(forms, how):
+    merged, _ = branches(forms, **how)
+    assert rejoined(merged) == (merged, ())
+
+
 def test_prune_and_merge_do_it_where_asked():
     inputs = keras.Input((8, 5))
     x = inputs

@@ -700,3 +700,35 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 def test_docstring_examples() -> None:
     result = doctest.testmod(affine)
     assert result.attempted > 0 and result.failed == 0
+
+
+@st.composite
+def aligned(draw: st.DrawFn, *, strides: int) -> AffineConv:
+    """A map of four channels whose output is as large as a 1x1's, its kernel anywhere around the pixel."""
+    k, dilation = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2]))
+    spare = (k - 1) * dilation
+    top, left = draw(st.integers(0, spare)), draw(st.integers(0, spare))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    options = {"groups": draw(st.sampled_from([1, 2, 4])), "strides": strides, "dilation_rate": dilation}
+    return random_map(rng, k, 4, 4, padding=(top, spare - top, left, spare - left), **options)
+
+
+@few
+@given(data=st.data(), size=st.tuples(st.integers(5, 12), st.integers(5, 12)), strides=st.integers(1, 3))
+def test_a_sum_of_two_maps_is_one_map(data: st.DataObject, size: tuple[int, int], strides: int) -> None:
+    first, second = data.draw(aligned(strides=strides)), data.draw(aligned(strides=strides))
+    x = np.random.default_rng(0).normal(size=(2, *size, 4))
+    have, want = direct(x, affine.add(first, second)), direct(x, first) + direct(x, second)
+    assert relative_error(have, want) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"strides": 2}, "other channels or strides"), ({"c_out": 6}, "other channels"), ({"padding": 0}, "other sizes")],
+    ids=["strides", "channels", "size"],
+)
+def test_maps_whose_outputs_do_not_match_have_no_sum(change: dict, message: str) -> None:
+    rng = np.random.default_rng(0)
+    plain = {"kernel_size": 3, "c_in": 4, "c_out": 4, "padding": 1}
+    with pytest.raises(ShapeError, match=message):
+        affine.add(random_map(rng, **plain), random_map(rng, **(plain | change)))
