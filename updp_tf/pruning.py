@@ -74,8 +74,8 @@ class Options:
         refit: refit layers that close kept blocks where held-out images gain by it.
         reconstruct_steps: train the fitted layers alone for so many steps, without labels, kept where held-out images
             gain by it.
-        rejoin: merge merged blocks again that read one another with nothing in between, or that read the same tensor and
-            are added, where the one layer that they are multiplies less; outputs stay as they are, up to rounding.
+        rejoin: merge merged blocks again that read one another with nothing in between, or that read the same tensor
+            and are added, where the one layer that they are multiplies less; outputs stay as they are, up to rounding.
         exact_borders: without images, merge so that border pixels are those of the linearised block too: one more Add
             in each merged block, and only where its size is fixed and 1x1 layers alone come before its padding.
         spans: up to how many consecutive blocks one form may replace; only where forms are fitted to images.
