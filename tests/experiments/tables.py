@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import spearmanr
 
+from tests.experiments import latency_prediction, quantization
 from tests.experiments import mobilenet_v2_merging as mobilenet
-from tests.experiments import quantization
 from tests.experiments import resnet56_merging as resnet
 from tests.experiments.records import HERE
 
@@ -179,6 +180,53 @@ def both() -> str:
         speed = speed_up(times.get((row["way"], row["less"])))
         body.append([f"{row['less']}x", row["way"], made, f"{100 * float(row['top1']):.1f}", speed])
     return table(["fewer MACs", "way", "what it is", "top-1 %", "int8 speed-up"], body)
+
+
+def narrowing_mobilenet() -> str:
+    rows = rows_of("mobilenet_v2_narrowing.csv")
+    factors = sorted({float(row["less"]) for row in rows if row["scope"] != "original"})
+    body = []
+    for scope, importance, mend in dict.fromkeys((row["scope"], row["importance"], row["mend"]) for row in rows):
+        same = [row for row in rows if (row["scope"], row["importance"], row["mend"]) == (scope, importance, mend)]
+        found = {float(row["less"]): f"{100 * float(row['top1']):.1f}" for row in same}
+        if scope == "original":
+            body.append([scope, *[found[1.0]] * len(factors)])
+        else:
+            body.append([f"{scope}, {importance}, {mend}", *(found.get(less, "-") for less in factors)])
+    return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
+
+
+def predictions() -> str:
+    body = []
+    rows = rows_of("latency_predictions.csv")
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        same = [row for row in rows if row["precision"] == precision]
+        measured, macs = (np.array([float(row[name]) for row in same]) for name in ("measured_us", "macs"))
+        for name, key in (("predicted", "predicted_us"), ("sum of parts", "sum_us")):
+            told = np.array([float(row[key]) for row in same])
+            errors = 100 * np.abs(told / measured - 1)
+            ranks = f"{spearmanr(told, measured)[0]:.3f}"
+            body.append([precision, name, f"{np.median(errors):.1f}", f"{errors.max():.1f}", ranks, str(len(same))])
+        body.append([precision, "MACs", "-", "-", f"{spearmanr(macs, measured)[0]:.3f}", str(len(same))])
+    return table(["precision", "from", "median error %", "worst %", "rank correlation", "networks"], body)
+
+
+def plans() -> str:
+    rows = rows_of("latency_plans.csv")
+    body = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for ratio, own, rivals in latency_prediction.at_equal_time([row for row in rows if row["model"] == model]):
+            others = [f"{100 * rivals[by]:.1f}" if by in rivals else "-" for by in ("macs", "merged")]
+            body.append([model, f"{ratio:.3f}", f"{100 * own:.1f}", *others])
+    return table(["network", "measured time", "by latency, top-1 %", "by MACs", "by blocks"], body)
+
+
+def norms() -> str:
+    body = []
+    for row in rows_of("norms_training.csv"):
+        start, top1 = (f"{100 * float(row[name]):.1f}" for name in ("start", "top1"))
+        body.append([row["network"], row["way"], f"{int(row['macs']) / 1e6:.1f}", start, top1])
+    return table(["network", "way", "MACs (M)", "before training", "after"], body)
 
 
 def training() -> str:
