@@ -126,6 +126,7 @@ APPLICATIONS: dict[str, tuple[Callable[[int], keras.Model], int]] = {
             "MobileNetV3Small": 64,
             "MobileNetV3Large": 64,
             "NASNetMobile": 64,
+            "NASNetLarge": 64,
             "ResNet50": 64,
             "ResNet101": 64,
             "ResNet50V2": 64,
