@@ -214,8 +214,6 @@ def test_time_without_a_table_and_a_table_without_a_row(tmp_path):
         MissingLatencyError, match=rf"t.csv' \(int8 on a board.*lacks 1 of the .*conv3 for .*\({gone}\)"
     ):
         prune(model, calibration=images_for(model), budget={"latency": 0.8}, latency=tmp_path / "t.csv")
-    with pytest.raises(BudgetError, match="A latency table knows no narrower layers: 'latency' is for `prune`"):
-        updp_tf.narrow(model, budget={"latency": 0.5})
 
 
 def test_the_accuracy_side_bisects_time_where_it_was_measured():
