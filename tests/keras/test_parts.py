@@ -113,7 +113,7 @@ def test_forms_that_are_no_cheaper_than_the_layer_are_refused_with_the_reason():
 
 
 def test_the_search_chooses_among_layers_and_all_of_them_together(tmp_path):
-    model = zoo.shared("residual")
+    model = zoo.build("residual")  # a shared one has the kernels of whichever test asked first
     x = images_for(model, n=60)
     options = Options(parts=True, spans=2, refit=False)
     asked = {"calibration": x, "options": options, "verbose": False}
