@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -391,7 +391,10 @@ def gather(
     gets samples instead, and solves by conjugate gradients.
     """
     c_in, c_out = x.shape[-1], y.shape[-1]
-    keys = sorted({(kind, w) for kind, w in wanted if w is not None}, key=lambda key: -key[1].n_taps)
+    # In one order in every process: positions are drawn one evidence after the other.
+    keys = sorted(
+        {(kind, w) for kind, w in wanted if w is not None}, key=lambda key: (-key[1].n_taps, key[0], astuple(key[1]))
+    )
     found: dict[tuple[Evidence, Window], Evidences] = {}
     source: dict[tuple[Evidence, Window], tuple[Evidence, Window]] = {}
     for key in keys:

@@ -578,3 +578,30 @@ def test_a_plan_may_hold_spans(tmp_path) -> None:
     assert small.pruning.after.macs <= 0.25 * small.pruning.before.macs
     assert small.count_params() == again.count_params()
     assert zoo.outputs_of(again, images[:2])[0].shape == (2, 5)
+
+
+class Salted(str):
+    """A text whose place in a set is chosen here, as the hash seed of a process chooses it."""
+
+    __slots__ = ("salt",)
+
+    def __new__(cls, text: str, salt: int) -> Salted:
+        one = super().__new__(cls, text)
+        one.salt = salt
+        return one
+
+    def __hash__(self) -> int:
+        return hash((self.salt, str(self) == "samples"))
+
+
+def test_the_same_positions_are_drawn_in_every_process() -> None:
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(40, 18, 18, 6)).astype("float32") for _ in range(2))
+    window = ConvForm(3).window(find_blocks(zoo.shared("residual"))[0])
+    drawn = []
+    for salt in range(8):
+        wanted = [(Salted(kind, salt), window) for kind in ("moments", "samples")]
+        found = scoring.gather(wanted, x, y, Sampler(40, positions_per_unknown=4), [slice(0, 20), slice(20, 40)])
+        drawn.append({str(kind): unseen.outputs for (kind, _), (_, unseen) in found.items()})
+    for kind in ("moments", "samples"):
+        assert all(np.array_equal(one[kind], drawn[0][kind]) for one in drawn)
