@@ -65,7 +65,11 @@ def main(folder: Path) -> None:
     model.set_weights(kept)
     (folder / "model.tflite").write_bytes(_converted(tf, model, request))
     np.savez(folder / "trained.npz", **_trained_weights(model, request["nodes"]))
-    np.save(folder / "fake.npy", _predict(model, images[: len(expected)]))
+    # Pixels halfway between two steps of the input would be rounded up here and down there.
+    probes = _predict(model.layers[1], images[: len(expected)])
+    np.savez(folder / "fake.npz", probes=probes, fake=_predict(model, probes), exact=_predict(float_model, probes))
+    np.savez(folder / "kernels.npz", **_rounded_kernels(model))
+    np.save(folder / "ranges.npy", _ranges(model))
     answer |= {"loss_before": before, "loss_after": best, "last_losses": history[-5:]}
     _leave(folder, answer)
 
@@ -176,7 +180,84 @@ def _quantized(keras: Any, tfmot: Any, model: Any) -> Any:
 
     with quantization.quantize_scope({"OutputRange": OutputRange, **own}):
         marked = keras.models.clone_model(model, clone_function=annotated)
-        return quantization.quantize_apply(quantization.quantize_annotate_model(marked))
+        return quantization.quantize_apply(quantization.quantize_annotate_model(marked), _scheme(keras, quantization))
+
+
+def _scheme(keras: Any, quantization: Any) -> Any:
+    """Return tfmot's scheme, but that every kernel is rounded as the converter will round it.
+
+    Tfmot leaves kernels in float where a ReLU follows and no norm stands between (`LayerReLUQuantize`), and rounds
+    depthwise kernels by one step for all channels.
+    """
+    import tensorflow as tf
+
+    class Channels(quantization.quantizers.Quantizer):
+        """127 steps each way from the largest weight of each channel, which the converter finds again."""
+
+        def __init__(self, axes: tuple[int, ...]) -> None:
+            self.axes = axes
+
+        def build(self, tensor_shape: Any, name: str, layer: Any) -> dict[str, Any]:
+            return {}
+
+        def __call__(self, inputs: Any, training: bool, weights: Any, **_: Any) -> Any:
+            step = tf.reduce_max(tf.abs(inputs), self.axes, keepdims=True) / 127
+            rounded = tf.round(tf.math.divide_no_nan(inputs, step)) * step
+            return inputs + tf.stop_gradient(rounded - inputs)
+
+        def get_config(self) -> dict[str, Any]:
+            return {"axes": self.axes}
+
+    class Kernel(quantization.QuantizeConfig):
+        """A kernel by channels, and the output where no ReLU follows."""
+
+        def __init__(self, name: str, axes: tuple[int, ...], has_range: bool) -> None:
+            self.name, self.axes, self.has_range = name, axes, has_range
+
+        def get_weights_and_quantizers(self, layer: Any) -> list[Any]:
+            return [(getattr(layer, self.name), Channels(self.axes))]
+
+        def get_activations_and_quantizers(self, layer: Any) -> list[Any]:
+            make = quantization.quantizers.MovingAverageQuantizer
+            quantizer = make(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+            return [(layer.activation, quantizer)] if self.has_range else []
+
+        def set_quantize_weights(self, layer: Any, quantize_weights: Any) -> None:
+            setattr(layer, self.name, quantize_weights[0])
+
+        def set_quantize_activations(self, layer: Any, quantize_activations: Any) -> None:
+            if self.has_range:
+                layer.activation = quantize_activations[0]
+
+        def get_output_quantizers(self, layer: Any) -> list[Any]:
+            return []
+
+        def get_config(self) -> dict[str, Any]:
+            return {"name": self.name, "axes": self.axes, "has_range": self.has_range}
+
+    kernels = {
+        keras.layers.Conv2D: ("kernel", (0, 1, 2)),
+        keras.layers.DepthwiseConv2D: ("depthwise_kernel", (0, 1)),
+        keras.layers.Dense: ("kernel", (0,)),
+    }
+
+    class Layout(quantization.default_8bit.Default8BitQuantizeLayoutTransform):
+        def apply(self, model: Any, layer_quantize_map: Any) -> Any:
+            model, configs = super().apply(model, layer_quantize_map)
+            for layer in model.layers:
+                if type(layer) not in kernels or layer.name not in configs:
+                    continue
+                known = configs[layer.name]["quantize_config"]
+                before_relu = known is not None and not known.get_weights_and_quantizers(layer)
+                if before_relu or isinstance(layer, keras.layers.DepthwiseConv2D):
+                    configs[layer.name]["quantize_config"] = Kernel(*kernels[type(layer)], has_range=not before_relu)
+            return model, configs
+
+    class Scheme(quantization.default_8bit.Default8BitQuantizeScheme):
+        def get_layout_transformer(self) -> Any:
+            return Layout()
+
+    return Scheme()
 
 
 def _predict(model: Any, images: np.ndarray) -> np.ndarray:
@@ -283,6 +364,24 @@ def _converted(tf: Any, model: Any, request: dict[str, Any]) -> bytes:
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.inference_input_type = converter.inference_output_type = tf.as_dtype(request["input_dtype"])
     return bytes(converter.convert())
+
+
+def _rounded_kernels(model: Any) -> dict[str, Any]:
+    """Return the kernels as the fake quantization rounds them, the channels they write as the last axis."""
+    found = {}
+    for wrapper in model.layers:
+        for weight, quantizer, limits in getattr(wrapper, "_weight_vars", ()):
+            kernel = np.asarray(quantizer(weight, training=False, weights=limits))
+            is_depthwise = "depthwise" in weight.name
+            found[wrapper.layer.name] = kernel.reshape(*kernel.shape[:2], -1) if is_depthwise else kernel
+    return found
+
+
+def _ranges(model: Any) -> np.ndarray:
+    """Return the smallest and largest value of every tensor that is rounded, of shape (n, 2)."""
+    values = {weight.name: weight.numpy() for weight in model.weights if weight.shape.rank == 0}
+    starts = [name.removesuffix("min:0") for name in values if name.endswith("min:0")]
+    return np.array([[values[f"{start}{end}:0"] for end in ("min", "max")] for start in starts])
 
 
 def _trained_weights(model: Any, nodes: list[dict[str, Any]]) -> dict[str, Any]:

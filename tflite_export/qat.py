@@ -22,7 +22,7 @@ from tflite_export._converter import signature_names
 from tflite_export.calibration import collect
 from tflite_export.errors import DataError, ExportError, ModelError, OptionError
 from tflite_export.files import check_target, place
-from tflite_export.flatbuffer import read_flatbuffer
+from tflite_export.flatbuffer import read_constant, read_flatbuffer
 from tflite_export.interpreter import TfliteRunner
 from tflite_export.steps import Step
 from tflite_export.worker import WorkerTracebackError, converter_environment
@@ -31,8 +31,12 @@ Progress = Callable[[int, int, str], None]
 
 _N_PROBES = 16
 _N_CHECKS = 10
-# The file rounds as the fake quantization does, give or take a step of the output here and there.
-_FILE_TOLERANCE = 0.05
+_STEP_TOLERANCE = 0.01
+_NOISE_TOLERANCE = 2.0
+# Operators whose output has a step that LiteRT prescribes.
+_FIXED_STEPS = ("LOGISTIC", "SOFTMAX", "TANH")
+# The axes of a kernel in a file, in Keras' order.
+_KERNEL_AXES = {"CONV_2D": (1, 2, 3, 0), "DEPTHWISE_CONV_2D": (0, 1, 2, 3), "FULLY_CONNECTED": (1, 0)}
 _IO_TYPES = ("int8", "uint8", "float32")
 
 _CONVOLUTION = ("kernel_size", "strides", "padding", "dilation_rate", "activation", "use_bias")
@@ -181,7 +185,8 @@ def quantize_aware(
         (folder / "request.json").write_text(json.dumps(request))
         answer = _run(folder, model.name, steps, progress)
         trained = _with_weights(cleaned, dict(np.load(folder / "trained.npz")))
-        file_error = _file_error(folder, array, model.name)
+        _check_steps(folder, model.name)
+        file_error = _file_error(folder, model.name)
         place(folder / "model.tflite", target)
     file = read_flatbuffer(target)
     return QatResult(
@@ -408,18 +413,61 @@ def _with_weights(model: Any, trained: Mapping[str, np.ndarray]) -> Any:
     return clone
 
 
-def _file_error(folder: Path, images: np.ndarray, label: str) -> float:
-    """Return how far the file is from the fake quantization that was trained.
+def _check_steps(folder: Path, label: str) -> None:
+    """Check that the file rounds what the training rounded: activations by the same steps, kernels to the same values.
 
     Raises:
-        ExportError: too far: it quantizes elsewhere.
+        ExportError: it does not.
     """
-    fake = np.load(folder / "fake.npy")
-    (found,) = TfliteRunner(folder / "model.tflite").run(images[: len(fake)].astype(np.float32)).values()
-    error = float(np.abs(found - fake).max() / max(float(np.abs(fake).max()), 1e-30))
-    if not error <= _FILE_TOLERANCE:
-        raise ExportError(
-            f"the int8 file of model '{label}' differs by {error:.2g} of the largest output from the fake quantization "
-            "it was trained with: the converter quantizes elsewhere."
-        )
-    return error
+    data = (folder / "model.tflite").read_bytes()
+    graph = read_flatbuffer(data).subgraphs[0]
+    lowest, highest = np.load(folder / "ranges.npy").T
+    trained = (np.maximum(highest, 0) - np.minimum(lowest, 0)) / 255
+    kernels = [_in_steps(kernel) for kernel in np.load(folder / "kernels.npz").values()]
+    for operator in graph.operators:
+        for made in (graph.tensors[index] for index in operator.outputs):
+            is_own = made.dtype == "int8" and operator.name not in _FIXED_STEPS
+            if is_own and not np.isclose(made.scales[0], trained, rtol=1e-4, atol=0).any():
+                raise ExportError(_elsewhere(label, f"what {operator.name} writes is rounded in steps of another size"))
+        if operator.name in _KERNEL_AXES:
+            stored = graph.tensors[operator.inputs[1]]
+            steps = np.reshape(stored.scales, [-1 if axis == stored.axis else 1 for axis in range(len(stored.shape))])
+            real = read_constant(data, stored) * steps
+            kernel = _in_steps(real.transpose(_KERNEL_AXES[operator.name]))
+            rivals = [one.reshape(kernel.shape) for one in kernels if one.size == kernel.size]
+            if not any(np.abs(kernel - one).max() <= _STEP_TOLERANCE for one in rivals):
+                raise ExportError(_elsewhere(label, f"the kernel of {operator.name} has other values"))
+
+
+def _in_steps(kernel: np.ndarray) -> np.ndarray:
+    """Return a kernel in parts of the largest weight of each channel: norms that follow change nothing in it."""
+    largest = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)), keepdims=True)
+    return np.asarray(127 * kernel / np.maximum(largest, 1e-30))
+
+
+def _elsewhere(label: str, what: str) -> str:
+    return f"the int8 file of model '{label}' is not the network that was trained with fake quantization: {what}."
+
+
+def _file_error(folder: Path, label: str) -> float:
+    """Return how far the file is from the fake quantization that was trained.
+
+    Where the two round one value in a thousand another way, a step of a deep layer becomes many behind it: what is
+    allowed is what the rounding itself costs.
+
+    Raises:
+        ExportError: farther.
+    """
+    probes, fake, exact = np.load(folder / "fake.npz").values()
+    runner = TfliteRunner(folder / "model.tflite")
+    (found,) = runner.run(probes).values()
+    (output,) = runner.model.outputs
+    step = max(output.scales, default=0.0)
+    if not _rms(found - fake) <= _NOISE_TOLERANCE * _rms(fake - exact) + step:
+        error = _rms(found - fake) / max(_rms(fake), 1e-30)
+        raise ExportError(_elsewhere(label, f"their outputs differ by {error:.2g} of their size"))
+    return float(np.abs(found - fake).max() / max(float(np.abs(fake).max()), 1e-30))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

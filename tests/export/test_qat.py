@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tflite_export
 from tests.export.conftest import inverted_residuals, randomise, some_images
 from tests.export.test_convert import keras_outputs, signal_to_noise_db
-from tflite_export import DataError, ModelError, OptionError, OutputError, quantize_aware
+from tflite_export import DataError, ExportError, ModelError, OptionError, OutputError, files, qat, quantize_aware
 
 
 @pytest.mark.slow
@@ -71,6 +72,45 @@ def test_gates_norms_and_hard_swish_learn_in_integers(tmp_path):
     norms = [one.get_layer("norm").get_weights() for one in (model, result.model)]
     for before, after in zip(*norms, strict=True):
         assert 0 < np.abs(before - after).max() < 0.1
+
+
+def dense_and_rectified() -> keras.Model:
+    """Kernels in front of a ReLU, which tfmot leaves in float, and a depthwise one that several channels share."""
+    image = keras.Input((9, 9, 3), name="image")
+    x = keras.layers.DepthwiseConv2D(3, depth_multiplier=2)(image)
+    x = keras.layers.ReLU(6.0)(keras.layers.Conv2D(8, 1)(x))
+    x = keras.layers.ReLU()(keras.layers.Dense(7)(keras.layers.Flatten()(x)))
+    x = keras.layers.Activation("relu")(keras.layers.Dense(6, use_bias=False)(x))
+    return randomise(keras.Model(image, keras.layers.Dense(3)(keras.layers.Dense(5, activation="relu")(x))))
+
+
+@pytest.mark.slow
+def test_a_file_that_rounds_otherwise_than_the_training_is_refused(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+
+    def keep_all(file, target):
+        shutil.copytree(file.parent, kept)
+        files.place(file, target)
+
+    monkeypatch.setattr(qat, "place", keep_all)
+    quantize_aware(dense_and_rectified(), tmp_path / "m.tflite", some_images(40, shape=(9, 9, 3)), steps=2)
+    kernels, ranges = dict(np.load(kept / "kernels.npz")), np.load(kept / "ranges.npy")
+    assert len(kernels) == 6  # none is left in float
+    qat._check_steps(kept, "it")
+    np.save(kept / "ranges.npy", ranges * 1.01)
+    with pytest.raises(ExportError, match="of model 'it' is not the network.*: what .* writes is rounded in steps"):
+        qat._check_steps(kept, "it")
+    np.save(kept / "ranges.npy", ranges)
+    for name, kernel in kernels.items():
+        other = kernel.copy()
+        other.flat[1] += 0.3 * np.abs(kernel).max() / 127
+        np.savez(kept / "kernels.npz", **kernels | {name: other})
+        with pytest.raises(ExportError, match="the kernel of .* has other values"):
+            qat._check_steps(kept, "it")
+    fake = dict(np.load(kept / "fake.npz"))
+    np.savez(kept / "fake.npz", probes=fake["probes"], fake=1.3 * fake["fake"], exact=1.3 * fake["exact"])
+    with pytest.raises(ExportError, match="their outputs differ by 0.2"):
+        qat._file_error(kept, "it")
 
 
 def with_layer(layer) -> keras.Model:
