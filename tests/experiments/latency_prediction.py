@@ -7,8 +7,9 @@ or one of its parts:
     ... table        float32 and int8 tables of MobileNetV2 at 224, int8 of ResNet-56, float32 of ConvNeXt-Tiny at 224,
                      one thread; seconds of each
     ... predictions  twenty networks of random plans that the correction was not fitted to
-    ... plans        MobileNetV2 and ResNet-56: plans chosen with the table, by MACs, and by the number of blocks, at
-                     five measured times (int8)
+    ... plans        MobileNetV2 and ResNet-56: plans chosen with the table, by MACs, and by the number of blocks; their
+                     int8 files stay in the system's folder for temporary files (the machine may be busy)
+    ... plan_times   these files against the original's, all in turns
     ... coverage     ten benchmarks of a file against a copy of itself: does the interval of the ratio hold 1?
     ... report       print what the CSV files beside this one say
     ... rehearse     all of it with a network of milliseconds, in a folder of its own: shows that it runs, nothing else
@@ -16,6 +17,7 @@ or one of its parts:
 Times need an idle machine. Rows that are there are not measured again: delete a CSV file to start anew.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -183,51 +185,76 @@ def chosen(at: Setting) -> Records:
     return Records(at.folder / "latency_plans.csv", ("model", "by", "target"), values)
 
 
+def files_of(at: Setting) -> Path:
+    return (Path(tempfile.gettempdir()) if at.folder == HERE else at.folder) / f"updp-tf-plans-{at.name}"
+
+
 def plans(at: Setting) -> None:
-    """Choose plans three ways, measure their int8 files against the original's, and their accuracy without training."""
+    """Choose plans three ways, and leave their int8 files with what is known of them; nothing is timed here."""
     import tflite_export
     import updp_tf
     from updp_tf.blocks import network_cost, prepared_graph
 
-    records = chosen(at)
-    model, data = at.model(), at.data()
-    images, times = data.calibration, table_path(at, "int8")
+    folder = files_of(at)
+    folder.mkdir(exist_ok=True)
+    model, data, times = at.model(), at.data(), table_path(at, "int8")
+    images = data.calibration
     # by MACs and by count the same forms are at hand; the table is only asked what they would take
-    for by in ("latency", "macs", "merged"):
-        for number, fraction in enumerate(at.fractions):
-            budget = {
-                "latency": {"latency": fraction},
-                "macs": {"macs": fraction},
-                "merged": {"merged": at.merged[number]},
-            }
-            target = str(next(iter(budget[by].values())))
-            if records.find(model=at.name, by=by, target=target):
+    budgets = {
+        "latency": [{"latency": fraction} for fraction in at.fractions],
+        "macs": [{"macs": fraction} for fraction in at.fractions],
+        "merged": [{"merged": number} for number in at.merged],
+    }
+    with tflite_export.ExportWorker() as worker:
+        options = {"quantize": "int8", "calibration": images[:200], "worker": worker, "force": True}
+        if not (folder / "original.tflite").exists():
+            tflite_export.export(model, folder / "original.tflite", **options)
+        for by, asked in budgets.items():
+            if (folder / f"{by}.json").exists():
                 continue
             known = times if by == "latency" else None
-            small = updp_tf.prune(model, calibration=images, budget=budget[by], latency=known, verbose=False)
-            with tempfile.TemporaryDirectory() as folder:
-                jobs = [(one, Path(folder) / f"{name}.tflite") for name, one in (("original", model), ("small", small))]
-                with tflite_export.ExportWorker() as worker:
-                    tflite_export.export_many(jobs, quantize="int8", calibration=images[:200], worker=worker)
-                timed = tflite_export.benchmark([path for _, path in jobs], min_seconds=at.min_seconds).rows[1]
-                accuracy = tflite_export.evaluate(jobs[1][1], data.images, data.labels)
-            told = small.pruning.after.latency_ns / 1e6
-
-            def row(small=small, timed=timed, accuracy=accuracy, told=told) -> dict[str, object]:
-                return {
-                    "merged": len(small.pruning.blocks),
-                    "forms": " ".join(f"{edit.name}={edit.form}" for edit in small.pruning.plan.edits),
+            told = {}
+            swept = updp_tf.sweep(model, calibration=images, budgets=asked, latency=known, verbose=False)
+            for row in swept.plans:  # a budget that another's plan meets as well has none of its own
+                small = updp_tf.merge(model, row.plan, calibration=images, verbose=False)
+                target = str(next(iter(row.budget.values())))
+                path = folder / f"{by}-{target}.tflite"
+                tflite_export.export(small, path, **options)
+                accuracy = tflite_export.evaluate(path, data.images, data.labels)
+                told[target] = {
+                    "merged": row.merged,
+                    "forms": " ".join(f"{edit.name}={edit.form}" for edit in row.plan.edits),
                     "macs": network_cost(prepared_graph(small)).macs,
-                    "predicted_ms": f"{told:.4f}" if told else "",
-                    "measured_ms": f"{timed.median_ms:.4f}",
-                    "ratio": f"{timed.ratio:.4f}",
-                    "low": f"{timed.ratio_low:.4f}",
-                    "high": f"{timed.ratio_high:.4f}",
+                    "predicted_ms": f"{row.cost.latency_ns / 1e6:.4f}" if known else "",
                     "top1": f"{accuracy.top1:.4f}",
                     "n": accuracy.n,
                 }
+                print(at.name, by, target, told[target], flush=True)
+            (folder / f"{by}.json").write_text(json.dumps(told))
 
-            records.ensure(row, model=at.name, by=by, target=target)
+
+def plan_times(at: Setting) -> None:
+    """Measure the files that `plans` left, all in turns with the original."""
+    import tflite_export
+
+    records, folder = chosen(at), files_of(at)
+    found = [
+        (by, target, told)
+        for by in ("latency", "macs", "merged")
+        for target, told in json.loads((folder / f"{by}.json").read_text()).items()
+    ]
+    if all(records.find(model=at.name, by=by, target=target) for by, target, _ in found):
+        return
+    paths = [folder / "original.tflite", *(folder / f"{by}-{target}.tflite" for by, target, _ in found)]
+    timed = tflite_export.benchmark(paths, min_seconds=at.min_seconds, check_outputs=False).rows[1:]
+    for (by, target, told), row in zip(found, timed, strict=True):
+        values = {
+            "measured_ms": f"{row.median_ms:.4f}",
+            "ratio": f"{row.ratio:.4f}",
+            "low": f"{row.ratio_low:.4f}",
+            "high": f"{row.ratio_high:.4f}",
+        }
+        records.ensure(lambda values=values, told=told: told | values, model=at.name, by=by, target=target)
 
 
 def covered(at: Setting) -> Records:
@@ -309,13 +336,20 @@ def at_equal_time(rows: list[dict[str, str]]) -> Iterator[tuple[float, float, di
 
 
 if __name__ == "__main__":
-    parts = {"table": table, "predictions": predictions, "plans": plans, "coverage": coverage, "report": report}
+    parts = {
+        "table": table,
+        "predictions": predictions,
+        "coverage": coverage,
+        "plans": plans,
+        "plan_times": plan_times,
+        "report": report,
+    }
     mobilenet = Setting()
     resnet = ResNet56(
         name="resnet56", precisions=("int8",), fractions=(0.9, 0.8, 0.7, 0.6, 0.5), merged=(4, 8, 12, 16, 20)
     )
     convnext = ConvNeXtTiny(name="convnext_tiny", precisions=("float32",), max_seconds=600.0)
-    settings = {"table": (mobilenet, resnet, convnext), "plans": (mobilenet, resnet)}
+    settings = {"table": (mobilenet, resnet, convnext), "plans": (mobilenet, resnet), "plan_times": (mobilenet, resnet)}
     if sys.argv[1] == "rehearse":
         with tempfile.TemporaryDirectory() as made:
             small = Rehearsal(Path(made), "rehearsal", ("int8",), 4.0, 4, (0.95, 0.9), (1, 2), 2, 0.1)
