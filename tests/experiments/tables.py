@@ -298,6 +298,7 @@ def export_cost() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "plans": plans,
     "predictions": predictions,
     "both": both,
     "resnet56": resnet56,
