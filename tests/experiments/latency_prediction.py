@@ -12,6 +12,7 @@ or one of its parts:
                      images of MobileNetV2's, 600 of ResNet-56's
     ... plan_times   these files against the original's, all in turns
     ... coverage     ten benchmarks of a file against a copy of itself: does the interval of the ratio hold 1?
+    ... plot         draw the last: latency_plans.svg
     ... report       print what the CSV files beside this one say
     ... rehearse     all of it with a network of milliseconds, in a folder of its own: shows that it runs, nothing else
 
@@ -320,6 +321,33 @@ def report(at: Setting) -> None:
         print(f"{state}: {inside} of {len(rows)} intervals hold 1.00, the widest is {widest:.3f} wide")
 
 
+def plot(at: Setting) -> None:
+    """Draw top-1 against measured time, a panel for each network, as latency_plans.svg."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    rows = chosen(at).rows
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    names = {"latency": "measured time", "macs": "MACs", "merged": "number of blocks"}
+    # without a date and with its own salt: the same picture from the same rows
+    with rc_context({"svg.hashsalt": "latency_plans"}):
+        figure = Figure(figsize=(4.2 * len(models), 3.4), layout="constrained")
+        for axes, model in zip(np.atleast_1d(figure.subplots(1, len(models))), models, strict=True):
+            for (by, told), marker in zip(names.items(), "o^s", strict=True):
+                found = sorted(
+                    (float(row["ratio"]), 100 * float(row["top1"]))
+                    for row in rows
+                    if (row["model"], row["by"]) == (model, by)
+                )
+                axes.plot(*zip(*found, strict=True), marker=marker, markersize=4, linewidth=1, label=f"by {told}")
+            axes.set_title(model, fontsize=10)
+            axes.set_xlabel("measured time of the int8 file, in parts of the original's", fontsize=8)
+            axes.set_ylabel("top-1 %, no training", fontsize=8)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        figure.savefig(at.folder / "latency_plans.svg", metadata={"Date": None})
+
+
 def at_equal_time(rows: list[dict[str, str]]) -> Iterator[tuple[float, float, dict[str, float]]]:
     """Yield for each plan chosen by latency its measured ratio, its top-1, and its rivals' top-1 at that ratio.
 
@@ -346,6 +374,7 @@ if __name__ == "__main__":
         "coverage": coverage,
         "plans": plans,
         "plan_times": plan_times,
+        "plot": plot,
         "report": report,
     }
     mobilenet = Setting()
