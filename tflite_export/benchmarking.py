@@ -184,14 +184,14 @@ class _Visit:
                 self._differences[index] = check_outputs(model, answer, expected, on=self._info.name)
 
     def measure(self, max_seconds: float) -> BenchmarkTable:
-        """Hold the sittings, twice as many where it is noisy, and keep what there is after each."""
+        """Hold the sittings, half as many more where it is noisy, and keep what there is after each."""
         live = self._n_sittings is None and self._info.nature == Nature.MEASURED
         n_sittings = SITTINGS if live else self._n_sittings or 1
         start = time.monotonic()
         try:
             self._hold(n_sittings)
             if live and self._is_noisy() and time.monotonic() - start < max_seconds:
-                self._hold(2 * n_sittings)
+                self._hold(n_sittings + n_sittings // 2)
         except DeviceError as error:
             kept = len(self._sittings)
             if kept and self._target is not None:

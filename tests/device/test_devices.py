@@ -134,7 +134,7 @@ def test_a_table_from_every_device(device, tmp_path):
         elif name.startswith("file"):
             assert row.sittings == 3 and row.spread == "sittings"
         else:
-            assert row.sittings in (SITTINGS, 2 * SITTINGS) and row.n >= 24
+            assert row.sittings in (SITTINGS, SITTINGS + SITTINGS // 2) and row.n >= 24
             assert row.output_difference < 1e-5
             assert row.ratio_low <= row.ratio <= row.ratio_high
         assert row.init_ms > 0 or name.startswith("ethos")

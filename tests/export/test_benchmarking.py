@@ -193,7 +193,7 @@ def test_progress_is_told_by_sitting(two_sizes):
     seen = []
     benchmark(two_sizes[:1], min_seconds=0, min_runs=1, progress=lambda *step: seen.append(step))
     sittings = [done for done, _, what in seen if what.startswith("timing")]
-    assert sittings in (list(range(SITTINGS)), list(range(2 * SITTINGS)))  # twice as many where it was noisy
+    assert sittings in (list(range(SITTINGS)), list(range(SITTINGS + SITTINGS // 2)))  # more where it was noisy
     assert seen[0][2].startswith("checking the outputs of 'depth1'")
 
 
