@@ -110,3 +110,20 @@ def test_random_graphs_are_what_the_oracle_says(program, ratio):
 @given(programs(), st.floats(0.1, 0.9))
 def test_many_random_graphs_are_what_the_oracle_says(program, ratio):
     check(program, ratio)
+
+
+# What it found
+
+
+def test_one_channel_that_is_taken_out_stays():
+    """Axes of size 1 carry no labels: the channel was cut where it came from, and kept where it went to."""
+    check([("grouped", 0, 0, 0), ("conv", 0, 0, 0), ("split", 1, 0, 0), ("conv", 0, 0, 0)], 0.5)
+    keras.utils.clear_session(free_memory=False)
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = layers.Conv2D(9, 3, padding="same")(inputs)
+    pooled, one = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 1)(x)), layers.Flatten()(x[..., 2:3])
+    model = zoo.randomise(keras.Model(inputs, layers.Dense(4)(layers.Concatenate()([pooled, one]))))
+    for seed in range(3):
+        dependencies, cut, narrowed = cut_at(model, 0.6, importance="random", seed=seed)
+        check_against_oracle(dependencies, cut, narrowed, zoo.inputs_of(model, n=2), spend=True)
+    assert narrowed.count_params() < model.count_params()

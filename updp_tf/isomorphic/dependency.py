@@ -179,7 +179,7 @@ def _connect(
         except NotCovered as error:
             reason = str(error)
         else:
-            return [_checked(node, one, shape) for one, shape in zip(written, node.shapes, strict=True)], None
+            return [_checked(site, one, shape) for one, shape in zip(written, node.shapes, strict=True)], None
     ledger.freeze(node, reason)
     touched = [labels for axes in reads for labels in axes if labels is not None]
     for labels in touched:
@@ -187,11 +187,15 @@ def _connect(
     return nothing, Refusal(node.name, "coupling", reason) if touched else None
 
 
-def _checked(node: Node, axes: Axes, shape: tuple[int | None, ...]) -> Axes:
-    """Axes of size 1 carry no labels; all others as many as the axis is long."""
+def _checked(site: Site, axes: Axes, shape: tuple[int | None, ...]) -> Axes:
+    """Axes of size 1 carry no labels, since they stay; all others as many as the axis is long."""
+    node = site.node
     sizes = [None if labels is None else len(labels) for labels in axes]
     if len(axes) != len(shape) or any(have not in (None, want) for have, want in zip(sizes, shape, strict=False)):
         raise RuntimeError(f"The rule of '{node.kind}' labels {sizes} for '{node.name}', which writes {shape}.")
+    for labels, size in zip(axes, shape, strict=True):
+        if size == 1:
+            site.fix(labels, "takes one channel out, which has to stay")
     return tuple(None if size == 1 else labels for labels, size in zip(axes, shape, strict=True))
 
 
