@@ -62,13 +62,14 @@ _CONFIG: dict[str, tuple[str, ...]] = {
 }
 """Kinds of layers that the quantizer knows, and the part of their configuration that says what they do."""
 _HARD_SWISH = "hard_swish"  # Keras 2 has none: a layer of its own
+_SILU = "silu"  # tfmot gives what it reads no range, which leaves it and the convolution before it in float
 _ACTIVATIONS = {
     "linear": "linear",
     "relu": "relu",
     "softmax": "softmax",
     "sigmoid": "sigmoid",
     "tanh": "tanh",
-    "silu": "swish",
+    "silu": _SILU,
     "gelu": "gelu",
     "hard_silu": _HARD_SWISH,
 }
@@ -278,15 +279,21 @@ def _as_data(model: Any) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
             continue
         config = dict(_config(node))
         written: dict[str, Any] = {"kind": node.kind, "config": config, "inputs": read, "weights": keys}
-        if config.get("activation") != _HARD_SWISH:
+        activation = config.get("activation")
+        if activation not in (_HARD_SWISH, _SILU):
             nodes.append(_call(node.name, layer, **written))
-        elif node.kind == "Activation":
-            nodes.append(_call(node.name, layer, kind="HardSwish", inputs=read))
-        else:
+            continue
+        (before,) = read
+        if node.kind != "Activation":
             config["activation"] = "linear"
             before = f"{node.name}_linear"
             nodes.append(_call(before, layer, **written))
+        if activation == _HARD_SWISH:
             nodes.append(_call(node.name, f"{layer}_{_HARD_SWISH}", kind="HardSwish", inputs=[before]))
+            continue
+        gate, sigmoid = f"{node.name}_sigmoid", {"activation": "sigmoid"}
+        nodes.append(_call(gate, f"{layer}_sigmoid", kind="Activation", inputs=[before], config=sigmoid))
+        nodes.append(_call(node.name, f"{layer}_{_SILU}", kind="Multiply", inputs=[before, gate]))
     (output,) = graph.output_refs
     return nodes, weights, renamed.get(output.node, output.node)
 
@@ -431,6 +438,8 @@ def _check_steps(folder: Path, label: str) -> None:
                 raise ExportError(_elsewhere(label, f"what {operator.name} writes is rounded in steps of another size"))
         if operator.name in _KERNEL_AXES:
             stored = graph.tensors[operator.inputs[1]]
+            if not stored.scales:
+                raise ExportError(_elsewhere(label, f"{operator.name} computes in float"))
             steps = np.reshape(stored.scales, [-1 if axis == stored.axis else 1 for axis in range(len(stored.shape))])
             real = read_constant(data, stored) * steps
             kernel = _in_steps(real.transpose(_KERNEL_AXES[operator.name]))

@@ -75,10 +75,11 @@ def test_gates_norms_and_hard_swish_learn_in_integers(tmp_path):
 
 
 def dense_and_rectified() -> keras.Model:
-    """Kernels in front of a ReLU, which tfmot leaves in float, and a depthwise one that several channels share."""
+    """What tfmot leaves in float, kernels in front of a ReLU and what reads silu, and a depthwise kernel."""
     image = keras.Input((9, 9, 3), name="image")
     x = keras.layers.DepthwiseConv2D(3, depth_multiplier=2)(image)
     x = keras.layers.ReLU(6.0)(keras.layers.Conv2D(8, 1)(x))
+    x = keras.layers.Activation("silu")(keras.layers.Conv2D(6, 1, activation="silu")(x))
     x = keras.layers.ReLU()(keras.layers.Dense(7)(keras.layers.Flatten()(x)))
     x = keras.layers.Activation("relu")(keras.layers.Dense(6, use_bias=False)(x))
     return randomise(keras.Model(image, keras.layers.Dense(3)(keras.layers.Dense(5, activation="relu")(x))))
@@ -95,7 +96,8 @@ def test_a_file_that_rounds_otherwise_than_the_training_is_refused(tmp_path, mon
     monkeypatch.setattr(qat, "place", keep_all)
     quantize_aware(dense_and_rectified(), tmp_path / "m.tflite", some_images(40, shape=(9, 9, 3)), steps=2)
     kernels, ranges = dict(np.load(kept / "kernels.npz")), np.load(kept / "ranges.npy")
-    assert len(kernels) == 6  # none is left in float
+    assert len(kernels) == 7  # none is left in float, and nothing else is
+    assert {one.dtype for one in tflite_export.read_flatbuffer(kept / "model.tflite").tensors} <= {"int8", "int32"}
     qat._check_steps(kept, "it")
     np.save(kept / "ranges.npy", ranges * 1.01)
     with pytest.raises(ExportError, match="of model 'it' is not the network.*: what .* writes is rounded in steps"):
