@@ -30,6 +30,7 @@ from updp_tf.terminal import (
     read_lines,
     require_keras_output,
     step_names,
+    timed_like,
     training_data,
     working,
 )
@@ -218,6 +219,10 @@ def prune(
     round_to: Annotated[
         int, typer.Option(metavar="N", min=1, help="With --width: layers keep a multiple of so many channels.")
     ] = 8,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --width and a budget in time: where narrower networks are timed; the table's device."),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(metavar="FILE.npy", help="Train the result on these images, with the original as the teacher."),
@@ -263,6 +268,7 @@ def prune(
             forms=form or None,
             method=method,
             latency=latency,
+            target=None if device is None else timed_like(latency, device),
             width=updp_tf.Width(round_to=round_to) if width else False,
             train=data,
             training=None if data is None else updp_tf.Training(epochs=epochs, batch_size=batch_size, mode=mode.value),

@@ -119,6 +119,17 @@ class Budget:
                 raise BudgetError(f"A budget cannot be in {key!r}: use {', '.join(VALID_KEYS)}.")
         return cls(tuple(limits), merged)
 
+    @classmethod
+    def absolute(cls, bounds: Mapping[str, int]) -> Budget:
+        """Return the budget that allows so much of each unit of `Cost`, as `bounds` returns them."""
+        keys = {unit: key for key, unit in ABSOLUTES.items()}
+        return cls(
+            tuple(
+                Limit(keys[unit], bound / NS_PER_MS if unit == "latency_ns" else bound)
+                for unit, bound in bounds.items()
+            )
+        )
+
     @property
     def asked(self) -> dict[str, float | int]:
         """The mapping that `parse` reads back as this budget."""

@@ -130,10 +130,11 @@ def narrow_graph(
         amount: part of the channels that goes, or a budget.
         ranking: of its channels.
         original: cost that a budget's fractions are of; that of `graph` where None.
-        teacher: graph whose tensors of the same names closing layers are refitted to; `graph` where None.
+        teacher: graph whose tensors of the same names closing layers are refitted to, and whose time and bytes a
+            budget's fractions are of; `graph` where None.
         steps: cut in so many steps.
         refit: refit closing layers.
-        target: what a budget in time or bytes is measured on; its fractions are of `graph`.
+        target: what a budget in time or bytes is measured on.
         memory_bytes: activations beyond this go to disk.
         progress: called after each part of the network.
 
@@ -157,7 +158,9 @@ def narrow_graph(
             if ranking.width.allocation == "score":
                 ranked = ranked.allocated("macs" if amount.unit in TABLE_UNITS else amount.unit)
             if target is not None and amount.needs_table is not None:
-                last_ratio, before, after = measured_ratio(ranked, amount, target, graph, step / steps, progress)
+                last_ratio, before, after = measured_ratio(
+                    ranked, amount, target, teacher or graph, step / steps, progress
+                )
             else:
                 last_ratio = ratio_within(ranked, amount, original or before, step / steps)
         else:

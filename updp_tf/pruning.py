@@ -24,6 +24,7 @@ from updp_tf.errors import BudgetError, CalibrationError, TrainingError
 from updp_tf.forms import Fitted, Form, all_forms, form_by_name
 from updp_tf.graph import fingerprint, load_model, weights_hash
 from updp_tf.isomorphic.ranking import Ranking, Width
+from updp_tf.isomorphic.ratios import Measurer
 from updp_tf.judging import Judge, ScoreFn, total_divergence
 from updp_tf.learning import learn
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
@@ -32,7 +33,7 @@ from updp_tf.partitioning import Solution
 from updp_tf.planning import Plan
 from updp_tf.reconstructing import reconstruct
 from updp_tf.rejoining import rejoined
-from updp_tf.reporting import NarrowingReport, PruningReport, scored_blocks
+from updp_tf.reporting import PruningReport, scored_blocks
 from updp_tf.runs import RunDir
 from updp_tf.scoring import (
     FormCost,
@@ -46,7 +47,7 @@ from updp_tf.scoring import (
 )
 from updp_tf.searching import SearchReport, Space
 from updp_tf.settling import merged_student
-from updp_tf.sharing import share_budget
+from updp_tf.sharing import Split, share_budget
 from updp_tf.solving import RIDGE
 from updp_tf.structure import Candidate, Cost, block_name
 from updp_tf.timing import with_latencies
@@ -112,6 +113,7 @@ def prune(
     score_fn: ScoreFn | None = None,
     method: str | Method = "additive",
     latency: LatencyTable | str | os.PathLike[str] | None = None,
+    target: Measurer | None = None,
     judge: Measures | None = None,
     train: Any = None,
     validation: Iterable[Any] | None = None,
@@ -141,6 +143,8 @@ def prune(
             settings.
         latency: what blocks and forms take on a device, as `measure_latency` returns it, or its file; no form that it
             says is slower than its block is picked, whatever the budget.
+        target: with `width` and a budget in time or bytes of files: what narrower networks, of which a table knows
+            nothing, are exported for and timed on: a `Target` like the table's.
         judge: what measures plans in the place of held-out calibration images, for instance `Supernet.judge(...)`.
         train: data to train the pruned network on, the original teaching: (images, labels) or images as arrays, a
             `PyDataset`, or a `tf.data.Dataset` of batches that gives the same ones each time; labels are optional. No
@@ -150,8 +154,8 @@ def prune(
         run_dir: folder that keeps every stage, checkpoints and the log: a call that was stopped, however, is continued
             by the same call.
         width: cut channels as well: how much of the saving is depth's and how much width's is tried out on held-out
-            images, half of the way each where there are none. `Width(...)` says which channels may go. For budgets
-            that need no latency table, and with the `additive` method.
+            images, half of the way each where there are none. `Width(...)` says which channels may go. With the
+            `additive` method; under a budget in time or bytes of files, with a `target` as well as a table.
         options: how forms are fitted and merged.
         verbose: show progress on standard error.
 
@@ -173,9 +177,11 @@ def prune(
         raise TrainingError("`validation`, `training` and `run_dir` belong to a training: give `train` as well.")
     widths = (Width() if width else None) if isinstance(width, bool) else width
     started = _started(options, calibration)
-    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, widths, *started)
+    ask = _Ask(model, budget, max_drop, tuple(keep), forms, score_fn, method, judge, latency, target, widths, *started)
     if widths is not None:
         _require_depth_and_width_go_together(ask, training)
+    elif target is not None:
+        raise BudgetError("`target` is what narrower networks are timed on: it goes with `width`.")
     if train is not None:
         return _prune_and_train(ask, calibration, train, validation, training or Training(), run_dir, verbose)
     return _prune_at_once(ask, calibration, verbose)[0]
@@ -194,6 +200,7 @@ class _Ask:
     method: str | Method
     judge: Measures | None
     latency: LatencyTable | str | os.PathLike[str] | None
+    target: Measurer | None
     width: Width | None
     options: Options
     start: Start
@@ -213,6 +220,7 @@ class _Ask:
             "method": str(self.method),
             "judge": None if self.judge is None else f"{self.judge.measure} on {self.judge.n_images} images",
             "latency": None if self.latency is None else str(self.latency),
+            "target": None if self.target is None else str(self.target),
             "width": None if self.width is None else asdict(self.width),
             "options": asdict(self.options),
         }
@@ -288,12 +296,12 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
     way = method_of(ask.method)
     agreement: float | None = None
     notes: tuple[str, ...] = ()
-    narrowing: NarrowingReport | None = None
+    split: Split | None = None
     with _images(blocks, calibration, options) as images, shown(verbose) as progress:
         scores = _score(blocks, images, _parsed(budget), ask.keep, ask.forms, start, options, cost_of, progress)
         with _judge(blocks, scores, images, way, ask.judge, score_fn, options) as measures:
             if ask.width is not None:
-                found, merged, narrowing, notes = _shared(ask, ask.width, blocks, scores, images, progress)
+                found, merged, split, notes = _shared(ask, ask.width, blocks, scores, images, progress)
             elif limit is not None:
                 found, merged = _from_accuracy(model, blocks, scores, images, limit, way, measures, options, progress)
             else:
@@ -313,11 +321,12 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
         notes = (*notes, f"explained less than a constant would on held-out images: {', '.join(worse)}; keep them")
     plan = _plan(model, blocks, found, merged.fitted, budget or ask.max_drop or DEFAULT_BUDGET)
     with_arrays = replace(plan, edits=tuple(replace(edit, arrays=block_name(edit.blocks)) for edit in plan.edits))
+    before, predicted = (blocks.network_cost, found.solution.cost) if split is None else split.costs
     report = PruningReport(
         plan=plan,
         blocks=merged.blocks,
-        before=blocks.network_cost,
-        after=_like(network_cost(prepared_graph(merged.model)), found.solution.cost),
+        before=before,
+        after=_like(network_cost(prepared_graph(merged.model)), predicted),
         agreement=agreement,
         refitted=merged.refitted,
         refusals=(*blocks.skipped, *scores.refusals),
@@ -325,7 +334,7 @@ def _prune_at_once(ask: _Ask, calibration: Any, verbose: bool) -> tuple[Any, Pla
         notes=notes,
         search=found.report,
         network=scored_blocks(blocks, scores.candidates),
-        narrowing=narrowing,
+        narrowing=None if split is None else split.narrowing,
     )
     merged.model.pruning = report
     return merged.model, with_arrays, arrays_beside(with_arrays, merged.fitted)
@@ -337,9 +346,15 @@ def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -
         raise BudgetError("With width, give a `budget`: `max_drop` searches depth alone.")
     if method_of(ask.method).name != "additive" or ask.judge is not None:
         raise BudgetError("With width, plans are found by the `additive` method; splits are measured, plans are not.")
-    if ask.latency is not None or (needed := _parsed(ask.budget).needs_table) is not None:
-        told = "`latency`" if ask.latency is not None else f"'{needed}'"
-        raise BudgetError(f"A latency table knows no narrower layers: {told} does not go with width.")
+    needed = _parsed(ask.budget).needs_table
+    if needed is None and (ask.latency, ask.target) != (None, None):
+        told = "`target`" if ask.latency is None else "`latency`"
+        raise BudgetError(f"With width, {told} is for a budget in time or bytes of files, such as {{'latency': 0.6}}.")
+    if needed is not None and ask.target is None:
+        raise BudgetError(
+            f"A latency table knows no narrower layers: with width, a budget in '{needed}' is measured; say on what, "
+            "with target=updp_tf.Target(device='local', precision='int8') (--device local), like the table's."
+        )
     for told in ("reconstruct_steps", "rejoin", "parts"):
         if getattr(ask.options, told):
             raise BudgetError(f"With width, blocks and fitted layers stay whole: leave `{told}` as it is by default.")
@@ -349,7 +364,7 @@ def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -
 
 def _shared(
     ask: _Ask, width: Width, blocks: Blocks, scores: Scores, images: np.ndarray | None, progress: Progress | None
-) -> tuple[Found, Merged, NarrowingReport | None, tuple[str, ...]]:
+) -> tuple[Found, Merged, Split, tuple[str, ...]]:
     """Share the budget between depth and width, and return the best split and what was tried."""
     options = ask.options
 
@@ -364,6 +379,7 @@ def _shared(
         Ranking(width, images, seed=options.seed),
         merge=lambda chosen: _merge(blocks, chosen, images, scores, options, progress),
         loss=loss if images is not None and Sampler(len(images)).holds_out else None,
+        target=ask.target,
         refit=options.refit,
         memory_bytes=options.memory_bytes,
         progress=progress,
@@ -371,7 +387,7 @@ def _shared(
     best = splits[0]
     notes = tuple(f"{'taken' if one is best else 'tried'}: {one}" for one in splits)
     found = Found(best.solution, SearchReport("additive"), "channels were cut as well, which this plan does not hold")
-    return found, replace(best.merged, model=best.model), best.narrowing, notes
+    return found, replace(best.merged, model=best.model), best, notes
 
 
 def search(
@@ -632,7 +648,7 @@ def read_table(latency: LatencyTable | str | os.PathLike[str] | None) -> Latency
 
 
 def _like(cost: Cost, predicted: Cost) -> Cost:
-    """Return what a built network costs, with the time and the bytes that were predicted."""
+    """Return what a built network costs, with the time and the bytes that were predicted or measured."""
     return replace(cost, latency_ns=predicted.latency_ns, file_bytes=predicted.file_bytes)
 
 

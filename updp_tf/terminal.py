@@ -162,6 +162,21 @@ def training_data(images: str | None, labels: str | None) -> Any:
     return shown, told
 
 
+def timed_like(latency: Path | None, device: str) -> Any:
+    """Return the target that times networks on a device as those of a latency table were timed.
+
+    Raises:
+        DataError: there is no table, or it cannot be read.
+    """
+    if latency is None:
+        raise DataError("--device says where narrower networks are timed: it goes with --latency TABLE.csv.")
+    from tflite_export import LatencyTable
+    from updp_tf.measuring import Target
+
+    conditions = LatencyTable.load(latency).conditions
+    return Target(device=device, precision=conditions.precision, threads=conditions.threads)
+
+
 def _only_key(keys: list[str], key: str, path: Path, what: str) -> str:
     if not key and len(keys) == 1:
         return keys[0]

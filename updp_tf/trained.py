@@ -107,7 +107,7 @@ def train_pruned(
         if turn < total:
             small = net
             net = trained("merged", lambda: small, turn, total)
-    return _renewed(net, teacher, images, memory_bytes)
+    return (net, ()) if training.freeze_norms else _renewed(net, teacher, images, memory_bytes)
 
 
 def _renewed(net: Any, teacher: Any, images: np.ndarray | None, memory_bytes: int) -> tuple[Any, tuple[str, ...]]:

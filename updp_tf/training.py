@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,8 @@ class Training:
         loss: on labels; cross-entropy for models that give classes, where None.
         temperature: of the distillation of classes.
         tail: activation that is blended in behind every pruned block, or None.
+        freeze_norms: keep the BatchNormalizations as they were fitted, their statistics included: for few images, or
+            batches too small to take statistics of (`tests/experiments/mobilenet_v2_training.csv`).
         checkpoint_steps: between checkpoints in the run directory; an epoch where None.
         steps_per_epoch: for data that do not tell.
         augmentation: of the training images, or None.
@@ -66,6 +69,7 @@ class Training:
     loss: Any = None
     temperature: float = 3.0
     tail: str | None = None
+    freeze_norms: bool = False
     checkpoint_steps: int | None = None
     steps_per_epoch: int | None = None
     augmentation: Augmentation | None = None
@@ -288,6 +292,34 @@ def train(
     Raises:
         TrainingError: the loss is no number; the message says at which step, and where the last good state is.
     """
+    with _frozen_norms(net) if training.freeze_norms else nullcontext():
+        _train(net, teacher, data, training, steps, validation, run, stage, progress)
+
+
+@contextmanager
+def _frozen_norms(net: Any) -> Iterator[None]:
+    """Take the BatchNormalizations of a network out of its training."""
+    norms = [one for one in net._flatten_layers() if isinstance(one, keras.layers.BatchNormalization) and one.trainable]
+    for norm in norms:
+        norm.trainable = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.trainable = True
+
+
+def _train(
+    net: Any,
+    teacher: Any,
+    data: Batches,
+    training: Training,
+    steps: tuple[int, int, int],
+    validation: Iterable[Any] | None,
+    run: RunDir | None,
+    stage: str,
+    progress: Progress | None,
+) -> None:
     begin, end, total = steps
     keras.utils.set_random_seed(training.seed)
     optimizer = _optimizer(training, total)

@@ -1,12 +1,14 @@
 """ResNet-56 on CIFAR-10: depth, width, and both under one budget, without training, and the int8 speed of each.
 
     uv run --frozen python -m tests.experiments.resnet56_both accuracy FOLDER
+    uv run --frozen python -m tests.experiments.resnet56_both timed FOLDER
     uv run --frozen python -m tests.experiments.resnet56_both latency FOLDER
 
-`accuracy` writes resnet56_both.csv beside this file, row by row, and each network as an int8 file into FOLDER; what is
-there is not run again. `latency` times all files of FOLDER in turns, one thread, and writes resnet56_both_latency.csv.
-600 calibration images from the training images; accuracy on 1,000 test images, which choose nothing. Merged blocks
-become fitted 3x3 convolutions; widths are multiples of 8. `less` is the factor by which MACs had to fall.
+`accuracy` (budgets in MACs) and `timed` (budgets in time, int8, one thread of this machine) write resnet56_both.csv
+beside this file, row by row, and each network as an int8 file into FOLDER; what is there is not run again. `latency`
+times all files of FOLDER in turns, one thread, and writes resnet56_both_latency.csv. 600 calibration images from the
+training images; accuracy on 1,000 test images, which choose nothing. Merged blocks become fitted 3x3 convolutions;
+widths are multiples of 8. `less` is the factor by which the unit had to fall.
 """
 
 import sys
@@ -17,17 +19,17 @@ import numpy as np
 from tests.experiments.records import HERE, Records, shared_loader
 from tests.experiments.resnet56_merging import N_CALIBRATION, latency_row, macs_of, predict
 
-LESS = (1.5, 2.0, 1.7, 1.3)
-WAYS = ("width", "depth", "both", "one shot")
+LESS = {"macs": (1.5, 2.0, 1.7, 1.3), "latency": (1.5, 1.66, 2.0, 1.3)}
+WAYS = {"macs": ("width", "depth", "both", "one shot"), "latency": ("width", "depth", "both")}
 
 
-def accuracy(folder: Path) -> None:
+def accuracy(folder: Path, unit: str = "macs") -> None:
     load = shared_loader()
     import tflite_export
 
     folder.mkdir(parents=True, exist_ok=True)
     values = ("macs", "merged", "ratio", "splits", "top1", "n_test")
-    records = Records(HERE / "resnet56_both.csv", ("draw", "way", "less"), values)
+    records = Records(HERE / "resnet56_both.csv", ("draw", "way", "unit", "less"), values)
     model = load.resnet56()
     (x_train, _), (x_test, y_test) = load.cifar10()
     x_test = load.cifar_preprocess(x_test)
@@ -35,9 +37,17 @@ def accuracy(folder: Path) -> None:
     chosen = np.random.default_rng(draw).choice(len(x_train), N_CALIBRATION, replace=False)
     images = load.cifar_preprocess(x_train[chosen])
 
+    timed = {}
+    if unit == "latency":
+        import updp_tf
+
+        table = updp_tf.measure_latency(model, out=folder / "table.csv", precision="int8", forms=["conv3"])
+        timed = {"latency": table, "target": updp_tf.Target(precision="int8")}
+
     def row(way: str, less: float) -> dict[str, object]:
-        small, merged, ratio, splits = network(model, images, way, less)
-        tflite_export.export(small, folder / name_of(way, less), quantize="int8", calibration=images[:100], force=True)
+        small, merged, ratio, splits = network(model, images, way, {unit: 1 / less}, **timed)
+        path = folder / name_of(way, unit, less)
+        tflite_export.export(small, path, quantize="int8", calibration=images[:100], force=True)
         top1 = float((predict(small, x_test).argmax(-1) == y_test).mean())
         return {
             "macs": macs_of(small),
@@ -50,13 +60,13 @@ def accuracy(folder: Path) -> None:
 
     if not (folder / "original.tflite").exists():
         tflite_export.export(model, folder / "original.tflite", quantize="int8", calibration=images[:100])
-    for less in LESS:
-        for way in WAYS:
-            records.ensure(lambda way=way, less=less: row(way, less), draw=draw, way=way, less=less)
+    for less in LESS[unit]:
+        for way in WAYS[unit]:
+            records.ensure(lambda way=way, less=less: row(way, less), draw=draw, way=way, unit=unit, less=less)
 
 
-def network(model, images, way: str, less: float):
-    """A network of fewer MACs: with how many blocks merged, which part of the channels cut, out of how many splits."""
+def network(model, images, way: str, budget, latency=None, target=None):
+    """A network in a budget: with how many blocks merged, which part of the channels cut, out of how many splits."""
     import updp_tf
     from updp_tf.blocks import find_blocks
     from updp_tf.cost import Budget
@@ -66,15 +76,16 @@ def network(model, images, way: str, less: float):
     from updp_tf.scoring import score
     from updp_tf.sharing import share_budget
 
-    budget = {"macs": 1 / less}
     if way == "width":
-        small = updp_tf.narrow(model, budget=budget, calibration=images, round_to=8)
+        small = updp_tf.narrow(model, budget=budget, calibration=images, round_to=8, target=target)
         return small, 0, small.narrowing.ratio, 1
+    asked = {"budget": budget, "calibration": images, "forms": ["conv3"], "latency": latency}
     if way == "depth":
-        small = updp_tf.prune(model, budget=budget, calibration=images, forms=["conv3"])
+        small = updp_tf.prune(model, **asked)
         return small, len(small.pruning.blocks), 0.0, 1
     if way == "both":
-        small = updp_tf.prune(model, budget=budget, calibration=images, forms=["conv3"], width=True)
+        small = updp_tf.prune(model, **asked, target=target, width=True)
+        print(*small.pruning.notes, sep="\n", flush=True)
         told = small.pruning
         return small, len(told.blocks), 0.0 if told.narrowing is None else told.narrowing.ratio, len(told.notes)
     blocks = find_blocks(model)
@@ -98,22 +109,29 @@ def network(model, images, way: str, less: float):
     return split.model, split.solution.merged, ratio, 1
 
 
-def name_of(way: str, less: float) -> str:
-    return f"{way.replace(' ', '_')}_{less}.tflite"
+def name_of(way: str, unit: str, less: float) -> str:
+    timed = "timed_" if unit == "latency" else ""
+    return f"{timed}{way.replace(' ', '_')}_{less}.tflite"
 
 
 def latency(folder: Path) -> None:
     import tflite_export
 
     columns = ("size_bytes", "median_ms", "p10_ms", "p90_ms", "ratio", "low", "high", "n", "threads", "runtime")
-    records = Records(HERE / "resnet56_both_latency.csv", ("way", "less"), columns)
-    files = {("original", 1.0): folder / "original.tflite"}
-    files |= {(way, less): folder / name_of(way, less) for way in WAYS for less in sorted(LESS)}
+    records = Records(HERE / "resnet56_both_latency.csv", ("way", "unit", "less"), columns)
+    files = {("original", "-", 1.0): folder / "original.tflite"}
+    files |= {
+        (way, unit, less): folder / name_of(way, unit, less)
+        for unit in LESS
+        for way in WAYS[unit]
+        for less in sorted(LESS[unit])
+    }
     files = {key: path for key, path in files.items() if path.exists()}
     table = tflite_export.benchmark(list(files.values()), threads=1)
-    for (way, less), result in zip(files, table.rows, strict=True):
-        records.ensure(lambda result=result: latency_row(result), way=way, less=less)
+    for (way, unit, less), result in zip(files, table.rows, strict=True):
+        records.ensure(lambda result=result: latency_row(result), way=way, unit=unit, less=less)
 
 
 if __name__ == "__main__":
-    {"accuracy": accuracy, "latency": latency}[sys.argv[1]](Path(sys.argv[2]))
+    parts = {"accuracy": accuracy, "timed": lambda folder: accuracy(folder, "latency"), "latency": latency}
+    parts[sys.argv[1]](Path(sys.argv[2]))

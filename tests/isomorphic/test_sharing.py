@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import tflite_export
 import updp_tf
 from tests import zoo
 from tests.isomorphic.test_narrowing import outputs
@@ -95,6 +96,26 @@ def test_without_images_half_of_the_way_is_depth():
 
 
 @pytest.mark.slow
+def test_a_budget_in_time_and_bytes_is_met_by_files_that_were_timed(residual, tmp_path):
+    model, images = residual
+    target = updp_tf.Target(precision="float32", min_seconds=0.05)
+    table = updp_tf.measure_latency(model, forms=["conv3"], networks=0, max_seconds=20, verbose=False)
+    budget = {"bytes": 0.6, "latency_ms": 1000.0}
+    small = prune(model, calibration=images, budget=budget, latency=table, target=target, forms=["conv3"], width=FINE)
+    report = small.pruning
+    sizes = [
+        tflite_export.export(one, tmp_path / f"{number}.tflite", quantize="float32").size_bytes
+        for number, one in enumerate((model, small))
+    ]
+    assert sizes[1] <= 0.6 * sizes[0]
+    assert (report.before.file_bytes, report.after.file_bytes) == tuple(sizes)
+    assert report.before.latency_ns > 0 and report.after.latency_ns > 0
+    assert all("of the time" in note for note in report.notes)
+    merged = {int(note.split()[1]) for note in report.notes}
+    assert 0 in merged and len(merged) > 1, "neither width alone nor depth was tried"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inverted_residuals", "vgg"])
 def test_streams_and_chains_may_be_cut_behind_merged_blocks(name):
     model, images = model_and_images(name, 40)
@@ -153,7 +174,9 @@ def test_channels_go_where_they_save_most_for_their_score():
         ({"budget": {"macs": 0.001}}, BudgetError, "Neither merged blocks nor narrower layers nor both"),
         ({"max_drop": {"agreement": 0.1}}, BudgetError, "give a `budget`"),
         ({"budget": {"macs": 0.5}, "method": "exact"}, BudgetError, "by the `additive` method"),
-        ({"budget": {"latency": 0.5}}, BudgetError, "'latency' does not go with width"),
+        ({"budget": {"latency": 0.5}}, BudgetError, "'latency' is measured; say on what, with target=updp_tf.Target"),
+        ({"budget": {"bytes": 0.5}, "target": updp_tf.Target()}, BudgetError, "'bytes' needs a latency table"),
+        ({"budget": {"macs": 0.5}, "target": updp_tf.Target()}, BudgetError, "`target` is for a budget in time"),
         ({"budget": {"macs": 0.5}, "options": updp_tf.Options(reconstruct_steps=5)}, BudgetError, "reconstruct_steps"),
         ({"budget": {"macs": 0.5}, "options": updp_tf.Options(rejoin=True)}, BudgetError, "leave `rejoin` as it is"),
         (

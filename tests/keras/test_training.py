@@ -75,6 +75,20 @@ def test_training_brings_the_pruned_network_closer_to_the_original(begun, mode):
         np.testing.assert_array_equal(have, was)
 
 
+def test_frozen_norms_stay_as_they_were_fitted(begun):
+    model, x, options, start = begun
+    quiet = Training(batch_size=16, epochs=1, freeze_norms=True, optimizer=keras.optimizers.Adam(3e-4))
+    small = pruned(model, x, training=quiet, options=options)
+    moved = 0
+    for have, was in zip(small.layers, start.layers, strict=True):
+        is_norm = isinstance(have, keras.layers.BatchNormalization)
+        same = all(np.array_equal(a, b) for a, b in zip(have.get_weights(), was.get_weights(), strict=True))
+        assert same or not is_norm
+        moved += not same
+        assert have.trainable
+    assert moved >= 3 and sum(isinstance(one, keras.layers.BatchNormalization) for one in small.layers) >= 3
+
+
 class Ordered(keras.utils.PyDataset):
     def __init__(self, x, y):
         super().__init__()
