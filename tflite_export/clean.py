@@ -196,7 +196,8 @@ def _dense_to_conv(graph: ModelGraph) -> Passed:
 def _upsampling(graph: ModelGraph) -> Passed:
     """UpSampling2D of nearest pixels: five operators, where one resizes."""
     done, refused = [], []
-    for node in graph:
+    for name in [one.name for one in graph]:
+        node = graph.by_name[name]  # what it reads may have been rewritten
         if node.kind != "UpSampling2D" or node.layer.interpolation != "nearest":
             continue
         _, height, width, _ = node.shapes[0]
@@ -214,7 +215,8 @@ def _layer_norms(graph: ModelGraph) -> Passed:
     As Keras writes them, NEG (LayerNormalization, GroupNormalization) and SQUARE (RMSNormalization) stay in float.
     """
     done, refused = [], []
-    for node in graph:
+    for name in [one.name for one in graph]:
+        node = graph.by_name[name]  # what it reads may have been rewritten
         rule = _NORM_AS_OPERATORS.get(node.kind)
         if rule is None:
             continue

@@ -126,6 +126,12 @@ def test_nearest_upsampling_is_one_resize():
     assert len(done) == 1 and kinds(cleaned).count("UpSampling2D") == 1
 
 
+def test_calls_that_read_rewritten_ones_are_rewritten_too():
+    twice = model_of(layers.Dense(8), layers.LayerNormalization(), layers.LayerNormalization())
+    assert len(run_pass("layer_norms", twice)[1]) == 2
+    assert len(run_pass("upsampling", model_of(layers.UpSampling2D(2), layers.UpSampling2D(3)))[1]) == 2
+
+
 @pytest.mark.parametrize(
     "norm",
     [
