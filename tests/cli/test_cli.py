@@ -82,6 +82,7 @@ def ran(files, pruned):
         "no such form": prune("k2", *images, "--form", "blob"),
         "disk full": prune("full", *images, "--force"),
         "time without a table": prune("b4", *images, "--budget", "latency=0.5"),
+        "device without a table": prune("b7", *images, "--width", "--budget", "latency=0.5", "--device", "local"),
         "no latency table": prune("b5", *images, "--budget", "latency=0.5", "--latency", folder / "there.csv"),
         "sweep of nothing": ["sweep", model, *images, "--unit", "merged", "--form", "conv3"],
         "report of nothing": ["report", folder / "nowhere"],
@@ -95,6 +96,10 @@ def ran(files, pruned):
         "prune without images": prune("gaussian", "--form", "conv3"),
         "prune width": prune("both", "--width", "--round-to", "4", "--budget", "macs=0.4", "--json"),
         "latency": ["latency", model, "-o", table, *forms, "--max-seconds", "3", "--networks", "0", "--json"],
+        "width in time": prune(
+            *("timed", *images, *forms, "--width", "--budget", "merged=1", "--budget", "latency_ms=1000"),
+            *("--latency", table, "--device", "local", "--json"),
+        ),
         "no row": prune("b6", *images, "--form", "pointwise", "--latency", table),
         "sweep": [
             *("sweep", model, *images, *forms, "--latency", table, "--budget", "0.99", "--budget", "0.001", "--json"),
@@ -253,6 +258,14 @@ def test_depth_and_width_share_a_budget(ran):
     assert {group["after"] % 4 for group in found["narrowing"]["groups"]} == {0}
 
 
+def test_depth_and_width_share_a_budget_in_time(ran):
+    done = ran["width in time"]
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert len(found["blocks"]) == 1 and found["narrowing"] is None
+    assert 0 < found["after"]["latency_ns"] < 10**9 and found["before"]["latency_ns"] > 0
+
+
 # --- the other commands ----------------------------------------------------------------------------------------------
 
 
@@ -395,6 +408,7 @@ OURS = {
     "budget of nothing": "A budget cannot be in 'milk'",
     "two sides": "either `budget` or `max_drop`",
     "time without a table": r"in 'latency' needs a latency table: .*--latency TABLE.csv",
+    "device without a table": "--device .* goes with --latency TABLE.csv",
     "no latency table": "there.csv' is no latency table: the column 'key' is missing",
     "no row": r"table.csv' \(float32 on .* lacks 1 of the 3 rows for 'small': pointwise for 'add0' .*updp-tf latency",
     "sweep of nothing": "A sweep goes over fractions of macs, .*, not of 'merged'",

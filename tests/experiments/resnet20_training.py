@@ -15,7 +15,7 @@ place of blocks, chosen on 600 images. Accuracy is that of the last epoch on all
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +198,26 @@ def direct(**options) -> Callable:
     return start
 
 
+def planned(method: str) -> Callable:
+    """The merged network of a plan that was found in another way, within the same budget."""
+
+    def start(setting: Setting):
+        import updp_tf
+
+        methods = {"genetic": updp_tf.Genetic(trials=40, population=10, seed=0), "random": updp_tf.Random(seed=0)}
+        plan = updp_tf.search(
+            setting.model,
+            calibration=setting.images,
+            budget=BUDGET,
+            forms=FORMS,
+            method=methods.get(method, method),
+            verbose=False,
+        )
+        return direct(refit=True)(replace(setting, plan=plan))
+
+    return start
+
+
 def dropped(setting: Setting):
     import updp_tf
 
@@ -223,6 +243,7 @@ STARTS: dict[str, Callable] = {
     "direct, gaussian": direct(start="gaussian"),
     "direct, identity": direct(start="identity"),
     "progressive, whole block, tail ReLU, merged at half": progressive(tail="relu"),
+    **{f"direct, plan by {one}": planned(one) for one in ("exact", "genetic", "learned", "random", "uniform")},
 }
 # The main comparison first, with three seeds.
 MAIN = (
