@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from updp_tf.blocks import find_blocks, prepared_graph
 from updp_tf.console import shown
 from updp_tf.cost import NS_PER_MS
 from updp_tf.forms import all_forms, form_by_name
+from updp_tf.isomorphic.ratios import Measure
 from updp_tf.timing import NETWORKS, depthwise_macs, latency_items
 
 if TYPE_CHECKING:
@@ -42,33 +44,46 @@ class Target:
     device_options: DeviceOptions | None = None
     min_seconds: float = 1.0
 
-    def measure(self, models: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """Return the nanoseconds of each network and the bytes of its file; all are timed in turns, in one visit.
+    @contextmanager
+    def against(self, original: Any) -> Iterator[Measure]:
+        """Give what measures networks beside an original; the process that exports them lives as long.
+
+        It takes networks by names that files may have, and returns the nanoseconds and the bytes of the file of each,
+        and of `original`. All are timed in turns, in one visit; times are the original's times the ratios to it. It
+        raises a `TfliteExportError` where a network cannot be exported, or the device is absent or went away.
 
         Args:
-            models: by names that files may have; times are the first one's times their ratios to it.
-
-        Raises:
-            TfliteExportError: a network cannot be exported, or the device is absent or went away.
+            original: a Keras model; exported once.
         """
         from tflite_export import ExportWorker, benchmark, export_many
 
         # ranges of integers change no times
-        shape = next(iter(models.values())).input_shape[1:]
+        shape = original.input_shape[1:]
         images = np.random.default_rng(0).normal(size=(N_IMAGES, *shape)).astype("float32")
         with tempfile.TemporaryDirectory() as folder, ExportWorker() as worker:
-            paths = {name: Path(folder) / f"{name}.tflite" for name in models}
-            jobs = [(model, paths[name]) for name, model in models.items()]
-            export_many(jobs, quantize=self.precision, calibration=images, post_training=(), worker=worker)
-            rows = benchmark(
-                list(paths.values()),
-                device=self.device,
-                options=self.device_options,
-                threads=self.threads,
-                min_seconds=self.min_seconds,
-            ).rows
-        first_ns = rows[0].median_ms * NS_PER_MS
-        return {name: (round(row.ratio * first_ns), row.size_bytes) for name, row in zip(models, rows, strict=True)}
+            first = Path(folder) / "original.tflite"
+
+            def measure(models: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+                paths = {name: Path(folder) / f"{name}.tflite" for name in models}
+                jobs = [(original, first)] if not first.exists() else []
+                jobs += [(model, paths[name]) for name, model in models.items()]
+                export_many(
+                    jobs, quantize=self.precision, calibration=images, post_training=(), worker=worker, force=True
+                )
+                rows = benchmark(
+                    [first, *paths.values()],
+                    device=self.device,
+                    options=self.device_options,
+                    threads=self.threads,
+                    min_seconds=self.min_seconds,
+                ).rows
+                first_ns = rows[0].median_ms * NS_PER_MS
+                names = ("original", *models)
+                return {
+                    name: (round(row.ratio * first_ns), row.size_bytes) for name, row in zip(names, rows, strict=True)
+                }
+
+            yield measure
 
 
 def measure_latency(

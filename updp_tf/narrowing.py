@@ -7,6 +7,7 @@ images, norms are renewed and the layer that closes each block is refitted, in s
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from updp_tf.graph import build_model, read_graph
 from updp_tf.isomorphic.cutting import cut_units, kept_of
 from updp_tf.isomorphic.importance import Importance, single_input
 from updp_tf.isomorphic.ranking import Allocation, Ranking, Width, nothing_to_cut
-from updp_tf.isomorphic.ratios import Measurer, measured_ratio, ratio_within
+from updp_tf.isomorphic.ratios import Measure, Measurer, measured_ratio, ratio_within
 from updp_tf.isomorphic.scopes import Scope
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, image_batches
 from updp_tf.refitting import Refitted, refit_closing_layer
@@ -94,14 +95,14 @@ def narrow(
     if not ranking.cuttable(graph).groups:
         raise ModelError(nothing_to_cut(graph, ranking))
     images = None if calibration is None else _collected(graph, calibration)
-    with shown(verbose) as progress:
+    with shown(verbose) as progress, nullcontext() if target is None else target.against(model) as measure:
         narrowed, report = narrow_graph(
             graph,
             amount,
             replace(ranking, images=images),
             steps=steps,
             refit=refit,
-            target=target,
+            measure=measure,
             memory_bytes=memory_bytes,
             progress=progress,
         )
@@ -119,7 +120,7 @@ def narrow_graph(
     teacher: ModelGraph | None = None,
     steps: int = 1,
     refit: bool = True,
-    target: Measurer | None = None,
+    measure: Measure | None = None,
     memory_bytes: int = DEFAULT_LIMIT_BYTES,
     progress: Progress | None = None,
 ) -> tuple[ModelGraph, NarrowingReport]:
@@ -134,7 +135,7 @@ def narrow_graph(
             budget's fractions are of; `graph` where None.
         steps: cut in so many steps.
         refit: refit closing layers.
-        target: what a budget in time or bytes is measured on.
+        measure: what times networks, for a budget in time or bytes.
         memory_bytes: activations beyond this go to disk.
         progress: called after each part of the network.
 
@@ -157,9 +158,9 @@ def narrow_graph(
         if isinstance(amount, Budget):
             if ranking.width.allocation == "score":
                 ranked = ranked.allocated("macs" if amount.unit in TABLE_UNITS else amount.unit)
-            if target is not None and amount.needs_table is not None:
+            if measure is not None and amount.needs_table is not None:
                 last_ratio, before, after = measured_ratio(
-                    ranked, amount, target, teacher or graph, step / steps, progress
+                    ranked, amount, measure, teacher or graph, step / steps, progress
                 )
             else:
                 last_ratio = ratio_within(ranked, amount, original or before, step / steps)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -372,18 +372,19 @@ def _shared(
         want, have = held_out_outputs(ask.model, small, cast(np.ndarray, images))
         return total_divergence(want, have) if ask.score_fn is None else float(ask.score_fn(want, have))
 
-    splits = share_budget(
-        blocks,
-        scores.candidates,
-        _parsed(ask.budget),
-        Ranking(width, images, seed=options.seed),
-        merge=lambda chosen: _merge(blocks, chosen, images, scores, options, progress),
-        loss=loss if images is not None and Sampler(len(images)).holds_out else None,
-        target=ask.target,
-        refit=options.refit,
-        memory_bytes=options.memory_bytes,
-        progress=progress,
-    )
+    with nullcontext() if ask.target is None else ask.target.against(ask.model) as measure:
+        splits = share_budget(
+            blocks,
+            scores.candidates,
+            _parsed(ask.budget),
+            Ranking(width, images, seed=options.seed),
+            merge=lambda chosen: _merge(blocks, chosen, images, scores, options, progress),
+            loss=loss if images is not None and Sampler(len(images)).holds_out else None,
+            measure=measure,
+            refit=options.refit,
+            memory_bytes=options.memory_bytes,
+            progress=progress,
+        )
     best = splits[0]
     notes = tuple(f"{'taken' if one is best else 'tried'}: {one}" for one in splits)
     found = Found(best.solution, SearchReport("additive"), "channels were cut as well, which this plan does not hold")

@@ -21,7 +21,7 @@ from updp_tf.cost import Budget
 from updp_tf.errors import BudgetError, ModelError
 from updp_tf.graph import build_model
 from updp_tf.isomorphic.ranking import Ranking, nothing_to_cut
-from updp_tf.isomorphic.ratios import Measurer, bounds_on_the_way, measured_costs, ratio_within
+from updp_tf.isomorphic.ratios import Measure, bounds_on_the_way, measured_costs, ratio_within
 from updp_tf.merging import Merged
 from updp_tf.narrowing import narrow_graph
 from updp_tf.partitioning import Solution
@@ -81,7 +81,7 @@ def share_budget(
     *,
     merge: Merge,
     loss: Loss | None,
-    target: Measurer | None = None,
+    measure: Measure | None = None,
     rounds: int = 2,
     refit: bool = True,
     memory_bytes: int,
@@ -96,7 +96,7 @@ def share_budget(
         ranking: of the channels.
         merge: builds the network with some forms in it.
         loss: measures a result; where None, one split is made half of the way.
-        target: what a budget in time or bytes of files is measured on.
+        measure: what times networks beside the original, for a budget in time or bytes of files.
         rounds: of splits, each closer to the best so far.
         refit: refit closing layers while narrowing.
         memory_bytes: activations beyond this go to disk.
@@ -105,7 +105,7 @@ def share_budget(
     Raises:
         BudgetError: no split meets the budget, or it limits nothing that width could save.
         ModelError: no channels can be cut.
-        TfliteExportError: the target's device is absent or went away.
+        TfliteExportError: the device is absent or went away.
     """
     resources = replace(budget, merged=None)
     if not resources.limits:
@@ -114,7 +114,7 @@ def share_budget(
         raise BudgetError("Nothing has to be cut: the model meets the budget as it is. Ask for a smaller one.")
     if not ranking.cuttable(blocks.graph).groups:
         raise ModelError(nothing_to_cut(blocks.graph, ranking))
-    timed = target if resources.needs_table is not None else None
+    timed = measure if resources.needs_table is not None else None
     depth: Callable[[float], Solution | None] = (
         _Family(blocks, candidates, budget, ranking).depth
         if timed is None
@@ -149,7 +149,7 @@ def share_budget(
                         original=blocks.network_cost,
                         teacher=blocks.graph,
                         refit=refit,
-                        target=timed,
+                        measure=timed,
                         memory_bytes=memory_bytes,
                         progress=progress,
                     )

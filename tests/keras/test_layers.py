@@ -201,6 +201,22 @@ def test_learned_blends_have_gradients_a_penalty_and_grow_hard():
     assert (array(layer.theta) != before).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"renorm": True}])
+def test_inside_the_ring_is_what_the_stock_layer_makes_of_it_alone(options):
+    shape = (None, None, None, 6)
+    layer = built(InteriorNormalization((2, 1, 1, 2), momentum=0.5, **options), shape)
+    stock_layer = built(keras.layers.BatchNormalization(momentum=0.5, **options), shape)
+    rng = np.random.default_rng(1)
+    layer.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in layer.get_weights()])
+    stock_layer.set_weights(layer.get_weights())
+    for training in (True, False):
+        inside = array(layer(IMAGES, training=training))[:, 2:-1, 1:-2]
+        want = array(stock_layer(IMAGES[:, 2:-1, 1:-2], training=training))
+        np.testing.assert_allclose(inside, want, rtol=1e-4, atol=1e-5)
+    for have, weight in zip(layer.get_weights(), stock_layer.get_weights(), strict=True):
+        np.testing.assert_allclose(have, weight, rtol=1e-5)
+
+
 def test_statistics_come_from_inside_the_ring():
     layer = built(InteriorNormalization((2, 1, 1, 2), momentum=0.0), IMAGES.shape)
     inside = IMAGES[:, 2:-1, 1:-2].reshape(-1, 6)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,11 +25,15 @@ PER_VISIT = 3
 """Ratios between the last two, timed in one visit: at the end the ratio is known to one part in 64."""
 
 
+Measure = Callable[[Mapping[str, Any]], Mapping[str, tuple[int, int]]]
+"""Returns the nanoseconds and bytes of networks by their names, and of an `original` that is timed beside them."""
+
+
 class Measurer(Protocol):
     """What tells the time of networks and the size of their files: `updp_tf.Target` on a device."""
 
-    def measure(self, models: Mapping[str, Any]) -> Mapping[str, tuple[int, int]]:
-        """Return nanoseconds and bytes by the names of the models."""
+    def against(self, original: Any) -> AbstractContextManager[Measure]:
+        """Give what measures networks beside an original."""
 
 
 def ratio_within(ranked: Ranked, limits: Budget, original: Cost, part: float = 1.0) -> float:
@@ -75,20 +80,20 @@ def bounds_on_the_way(limits: Budget, original: Cost, part: float) -> dict[str, 
     }
 
 
-def measured_costs(target: Measurer, original: ModelGraph, graph: ModelGraph) -> tuple[Cost, Cost]:
+def measured_costs(measure: Measure, original: ModelGraph, graph: ModelGraph) -> tuple[Cost, Cost]:
     """Return what an original and another network cost, their times and bytes measured in one visit.
 
     Raises:
-        TfliteExportError: the target's device is absent or went away.
+        TfliteExportError: the device is absent or went away.
     """
-    found = target.measure({"original": build_model(original), "other": build_model(graph)})
+    found = measure({"other": build_model(graph)})
     return _whole_cost(original, found["original"]), _whole_cost(graph, found["other"])
 
 
 def measured_ratio(
     ranked: Ranked,
     limits: Budget,
-    target: Measurer,
+    measured: Measure,
     original: ModelGraph,
     part: float = 1.0,
     progress: Progress | None = None,
@@ -100,20 +105,20 @@ def measured_ratio(
     Args:
         ranked: channels of the network.
         limits: on resources, those of files among them.
-        target: measures times and bytes.
+        measured: measures times and bytes beside the original.
         original: network that fractions are of.
         part: of the way, in logarithms.
         progress: called before each visit.
 
     Raises:
         BudgetError: the limits cannot be met.
-        TfliteExportError: the target's device is absent or went away.
+        TfliteExportError: the device is absent or went away.
     """
 
     def measure(ratios: Sequence[float]) -> tuple[Cost, dict[float, Cost]]:
         graphs = {ratio: cut_units(ranked.dependencies, ranked.cut(ratio)) for ratio in ratios}
         models = {f"ratio_{ratio:.6f}": build_model(graph) for ratio, graph in graphs.items()}
-        found = target.measure({"original": build_model(original)} | models)
+        found = measured(models)
         costs = {ratio: _whole_cost(graph, found[f"ratio_{ratio:.6f}"]) for ratio, graph in graphs.items()}
         return _whole_cost(original, found["original"]), costs
 
