@@ -1,7 +1,7 @@
 """ResNet-56 on CIFAR-10: depth, width, and both under one budget, without training, and the int8 speed of each.
 
     uv run --frozen python -m tests.experiments.resnet56_both accuracy FOLDER
-    uv run --frozen python -m tests.experiments.resnet56_both timed FOLDER
+    uv run --frozen python -m tests.experiments.resnet56_both timed FOLDER [LESS ...]
     uv run --frozen python -m tests.experiments.resnet56_both latency FOLDER
 
 `accuracy` (budgets in MACs) and `timed` (budgets in time, int8, one thread of this machine) write resnet56_both.csv
@@ -23,7 +23,7 @@ LESS = {"macs": (1.5, 2.0, 1.7, 1.3), "latency": (1.5, 1.66, 2.0, 1.3)}
 WAYS = {"macs": ("width", "depth", "both", "one shot"), "latency": ("width", "depth", "both")}
 
 
-def accuracy(folder: Path, unit: str = "macs") -> None:
+def accuracy(folder: Path, unit: str = "macs", factors: tuple[float, ...] = ()) -> None:
     load = shared_loader()
     import tflite_export
 
@@ -60,7 +60,7 @@ def accuracy(folder: Path, unit: str = "macs") -> None:
 
     if not (folder / "original.tflite").exists():
         tflite_export.export(model, folder / "original.tflite", quantize="int8", calibration=images[:100])
-    for less in LESS[unit]:
+    for less in factors or LESS[unit]:
         for way in WAYS[unit]:
             records.ensure(lambda way=way, less=less: row(way, less), draw=draw, way=way, unit=unit, less=less)
 
@@ -133,5 +133,8 @@ def latency(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"accuracy": accuracy, "timed": lambda folder: accuracy(folder, "latency"), "latency": latency}
-    parts[sys.argv[1]](Path(sys.argv[2]))
+    what, where, *given = sys.argv[1:]
+    if what == "latency":
+        latency(Path(where))
+    else:
+        accuracy(Path(where), "latency" if what == "timed" else "macs", tuple(float(one) for one in given))
