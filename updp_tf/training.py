@@ -50,7 +50,7 @@ class Training:
         temperature: of the distillation of classes.
         tail: activation that is blended in behind every pruned block, or None.
         freeze_norms: keep the BatchNormalizations as they were fitted, their statistics included: for few images, or
-            batches too small to take statistics of (`tests/experiments/mobilenet_v2_training.csv`).
+            batches too small to take statistics of.
         checkpoint_steps: between checkpoints in the run directory; an epoch where None.
         steps_per_epoch: for data that do not tell.
         augmentation: of the training images, or None.
