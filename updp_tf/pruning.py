@@ -27,6 +27,7 @@ from updp_tf.isomorphic.ranking import Ranking, Width
 from updp_tf.isomorphic.ratios import Measurer
 from updp_tf.judging import Judge, ScoreFn, total_divergence
 from updp_tf.learning import learn
+from updp_tf.measuring import Target
 from updp_tf.memory import DEFAULT_LIMIT_BYTES, Memory, calibration_images
 from updp_tf.merging import Choice, Merged, merge_fitted, merge_in_sequence
 from updp_tf.partitioning import Solution
@@ -355,6 +356,14 @@ def _require_depth_and_width_go_together(ask: _Ask, training: Training | None) -
             f"A latency table knows no narrower layers: with width, a budget in '{needed}' is measured; say on what, "
             "with target=updp_tf.Target(device='local', precision='int8') (--device local), like the table's."
         )
+    table = read_table(ask.latency)
+    if table is not None and isinstance(ask.target, Target):
+        asked, known = ((one.precision, one.threads) for one in (ask.target, table.conditions))
+        if asked != known:
+            raise BudgetError(
+                f"`target` times networks in {asked[0]} with {asked[1]} threads; "
+                f"{table.source} holds times in {known[0]} with {known[1]}: take the same."
+            )
     for told in ("reconstruct_steps", "rejoin", "parts"):
         if getattr(ask.options, told):
             raise BudgetError(f"With width, blocks and fitted layers stay whole: leave `{told}` as it is by default.")

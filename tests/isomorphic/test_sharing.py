@@ -101,6 +101,8 @@ def test_a_budget_in_time_and_bytes_is_met_by_files_that_were_timed(residual, tm
     target = updp_tf.Target(precision="float32", min_seconds=0.05)
     table = updp_tf.measure_latency(model, forms=["conv3"], networks=0, max_seconds=20, verbose=False)
     budget = {"bytes": 0.6, "latency_ms": 1000.0}
+    with pytest.raises(BudgetError, match="in int8 with 1 threads; the latency table holds times in float32"):
+        prune(model, calibration=images, budget=budget, latency=table, target=updp_tf.Target(), width=FINE)
     small = prune(model, calibration=images, budget=budget, latency=table, target=target, forms=["conv3"], width=FINE)
     report = small.pruning
     sizes = [
