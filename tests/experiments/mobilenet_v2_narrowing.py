@@ -75,6 +75,7 @@ def tune(small, teacher, images: np.ndarray) -> None:
     batches = Batches(images, recipe)
     steps = EPOCHS * batches.steps_per_epoch
     train(small, teacher, batches, recipe, steps=(0, steps, steps), validation=None, run=None, stage="", progress=None)
+    teacher.trainable = True  # the Distiller freezes it, and what is narrowed next would be frozen too
 
 
 if __name__ == "__main__":

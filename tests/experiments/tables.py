@@ -176,6 +176,9 @@ def both(unit: str = "macs", asked: str = "fewer MACs") -> str:
     times = {(row["way"], row["unit"], row["less"]): row for row in rows_of("resnet56_both_latency.csv")}
     body = []
     for row in sorted(rows, key=lambda row: (float(row["less"]), row["way"])):
+        if not row["top1"]:
+            body.append([f"{row['less']}x", row["way"], "out of reach", "-", "-"])
+            continue
         made = f"{row['merged']} blocks merged, {100 * float(row['ratio']):.0f} % of channels cut"
         speed = speed_up(times.get((row["way"], row["unit"], row["less"])))
         body.append([f"{row['less']}x", row["way"], made, f"{100 * float(row['top1']):.1f}", speed])
