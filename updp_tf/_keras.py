@@ -104,10 +104,15 @@ def n_calls(layer: Any) -> int:
     return len(layer._inbound_nodes)
 
 
+def layers_within(layer: Any) -> list[Any]:
+    """A layer or model, and all layers inside it at any depth."""
+    return [layer, *layer._flatten_layers(include_self=False)]
+
+
 @contextmanager
 def calls_forgotten(layer: Any) -> Iterator[None]:
     """Take back every call that is recorded meanwhile on a layer, the layers inside it, and those they read from."""
-    holders = [layer, *layer._flatten_layers(include_self=False)]
+    holders = layers_within(layer)
     before = [(one, len(one._inbound_nodes), len(one._outbound_nodes)) for one in holders]
     try:
         yield

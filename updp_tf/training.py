@@ -17,6 +17,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from updp_tf._keras import layers_within
 from updp_tf.augmenting import Augmentation
 from updp_tf.errors import ScheduleError, TrainingError
 from updp_tf.layers import Blend
@@ -299,7 +300,7 @@ def train(
 @contextmanager
 def _frozen_norms(net: Any) -> Iterator[None]:
     """Take the BatchNormalizations of a network out of its training."""
-    norms = [one for one in net._flatten_layers() if isinstance(one, keras.layers.BatchNormalization) and one.trainable]
+    norms = [one for one in layers_within(net) if isinstance(one, keras.layers.BatchNormalization) and one.trainable]
     for norm in norms:
         norm.trainable = False
     try:
