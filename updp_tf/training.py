@@ -293,8 +293,49 @@ def train(
     Raises:
         TrainingError: the loss is no number; the message says at which step, and where the last good state is.
     """
+    begin, end, total = steps
     with _frozen_norms(net) if training.freeze_norms else nullcontext():
-        _train(net, teacher, data, training, steps, validation, run, stage, progress)
+        keras.utils.set_random_seed(training.seed)
+        optimizer = _optimizer(training, total)
+        optimizer.build(net.trainable_variables)
+        optimizer.iterations.assign(begin)
+        labelled = len(data.first()) > 1
+        distiller = keras.distillation.Distiller(
+            teacher, net, _distillation(teacher, data, training), student_loss_weight=training.label_weight * labelled
+        )
+        distiller.compile(optimizer=optimizer, loss=_label_loss(teacher, data, training))
+        variables = [*net.variables, *optimizer.variables]
+        done = begin
+        if run is not None and (state := run.last_checkpoint(stage)) is not None:
+            _restore(variables, state.path)
+            done = state.step
+        log = None if run is None else run.log(f"training_{stage}", COLUMNS, after=done)
+        piece = training.checkpoint_steps or data.steps_per_epoch
+        while done < end:
+            upto = min(end, (done // piece + 1) * piece)
+            epoch = done // data.steps_per_epoch
+            watch = _Watch(net, done, total, stage, run, progress, keeps_weights=optimizer.use_ema)
+            history = distiller.fit(
+                data.window(done, upto),
+                steps_per_epoch=upto - done,
+                initial_epoch=epoch,
+                epochs=epoch + 1,
+                verbose=0,
+                shuffle=False,
+                callbacks=[watch, *training.callbacks],
+            )
+            done = upto
+            if optimizer.use_ema and done < end:
+                watch.undo_average()
+            if run is not None and log is not None:
+                blends = [layer.blend for layer in blend_layers(net)]
+                log.append(
+                    step=done,
+                    blend=f"{np.mean(blends) if blends else 0.0:.6f}",
+                    loss=f"{history.history['loss'][-1]:.6f}",
+                    validation="" if validation is None else f"{score_of(net, teacher, validation):.4f}",
+                )
+                run.checkpoint(stage, done, lambda folder: _store(variables, folder))
 
 
 @contextmanager
@@ -308,61 +349,6 @@ def _frozen_norms(net: Any) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.trainable = True
-
-
-def _train(
-    net: Any,
-    teacher: Any,
-    data: Batches,
-    training: Training,
-    steps: tuple[int, int, int],
-    validation: Iterable[Any] | None,
-    run: RunDir | None,
-    stage: str,
-    progress: Progress | None,
-) -> None:
-    begin, end, total = steps
-    keras.utils.set_random_seed(training.seed)
-    optimizer = _optimizer(training, total)
-    optimizer.build(net.trainable_variables)
-    optimizer.iterations.assign(begin)
-    labelled = len(data.first()) > 1
-    distiller = keras.distillation.Distiller(
-        teacher, net, _distillation(teacher, data, training), student_loss_weight=training.label_weight * labelled
-    )
-    distiller.compile(optimizer=optimizer, loss=_label_loss(teacher, data, training))
-    variables = [*net.variables, *optimizer.variables]
-    done = begin
-    if run is not None and (state := run.last_checkpoint(stage)) is not None:
-        _restore(variables, state.path)
-        done = state.step
-    log = None if run is None else run.log(f"training_{stage}", COLUMNS, after=done)
-    piece = training.checkpoint_steps or data.steps_per_epoch
-    while done < end:
-        upto = min(end, (done // piece + 1) * piece)
-        epoch = done // data.steps_per_epoch
-        watch = _Watch(net, done, total, stage, run, progress, keeps_weights=optimizer.use_ema)
-        history = distiller.fit(
-            data.window(done, upto),
-            steps_per_epoch=upto - done,
-            initial_epoch=epoch,
-            epochs=epoch + 1,
-            verbose=0,
-            shuffle=False,
-            callbacks=[watch, *training.callbacks],
-        )
-        done = upto
-        if optimizer.use_ema and done < end:
-            watch.undo_average()
-        if run is not None and log is not None:
-            blends = [layer.blend for layer in blend_layers(net)]
-            log.append(
-                step=done,
-                blend=f"{np.mean(blends) if blends else 0.0:.6f}",
-                loss=f"{history.history['loss'][-1]:.6f}",
-                validation="" if validation is None else f"{score_of(net, teacher, validation):.4f}",
-            )
-            run.checkpoint(stage, done, lambda folder: _store(variables, folder))
 
 
 def _optimizer(training: Training, total: int) -> Any:

@@ -171,22 +171,15 @@ def narrowing_way(row: dict[str, str]) -> str:
     return f"{row['scope']}, {row['importance']}{step}{streams}, {row['mend']}"
 
 
-def both(unit: str = "macs", asked: str = "fewer MACs") -> str:
-    rows = [row for row in rows_of("resnet56_both.csv") if row["unit"] == unit]
+def both() -> str:
+    rows = [row for row in rows_of("resnet56_both.csv") if row["unit"] == "macs"]
     times = {(row["way"], row["unit"], row["less"]): row for row in rows_of("resnet56_both_latency.csv")}
     body = []
     for row in sorted(rows, key=lambda row: (float(row["less"]), row["way"])):
-        if not row["top1"]:
-            body.append([f"{row['less']}x", row["way"], "out of reach", "-", "-"])
-            continue
         made = f"{row['merged']} blocks merged, {100 * float(row['ratio']):.0f} % of channels cut"
         speed = speed_up(times.get((row["way"], row["unit"], row["less"])))
         body.append([f"{row['less']}x", row["way"], made, f"{100 * float(row['top1']):.1f}", speed])
-    return table([asked, "way", "what it is", "top-1 %", "int8 speed-up"], body)
-
-
-def both_timed() -> str:
-    return both("latency", "asked for")
+    return table(["fewer MACs", "way", "what it is", "top-1 %", "int8 speed-up"], body)
 
 
 def narrowing_mobilenet() -> str:
