@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from updp_tf.blocks import Blocks
+from updp_tf.compiling import jit_compile
 from updp_tf.errors import BudgetError
 from updp_tf.forms import Fitted
 from updp_tf.graph import build_model
@@ -69,7 +70,7 @@ def learn(
         images: calibration images.
     """
     mixed = _Mixed(space, method, blocks, fitted, images)
-    mixed.compile(keras.optimizers.Adam(method.learning_rate))
+    mixed.compile(keras.optimizers.Adam(method.learning_rate), jit_compile=jit_compile())
     mixed.fit(_Batches(images, method), epochs=1, verbose=0, shuffle=False)
     wants = np.asarray(ops.convert_to_numpy(mixed.theta), dtype=np.float64)
     return {key: float(wants[place, 0] - wants[place, number]) for key, (place, number) in mixed.places.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from updp_tf.compiling import jit_compile
 from updp_tf.graph import build_model, read_graph
 from updp_tf.scoring import Sampler
 from updp_tf.walking import Progress, default_batch_size
@@ -71,7 +72,7 @@ def reconstruct(
     batches = _Targets(_with_features(original, names), images[~held_out], batch_size, steps, seed)
     trainer = _with_features(student, names)
     losses = [_relative_squared_error(scale) for scale in batches.variances]
-    trainer.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=losses)
+    trainer.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=losses, jit_compile=jit_compile())
     callbacks = [_Steps(steps, progress)] if progress is not None else []
     trainer.fit(batches, epochs=1, verbose=0, shuffle=False, callbacks=callbacks)
     unseen = images[held_out] if held_out.any() else images

@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 
 from updp_tf.blocks import Blocks, find_blocks, require_blocks
+from updp_tf.compiling import jit_compile
 from updp_tf.console import shown
 from updp_tf.errors import CalibrationError, PlanError
 from updp_tf.forms import Fitted, Form, all_forms, form_by_name
@@ -185,7 +186,7 @@ class Supernet(keras.Model):
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
         """Configure for training; without a loss the original alone teaches, and labels are not needed."""
         self._has_loss = loss is not None
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        super().compile(optimizer=optimizer, loss=loss, **{"jit_compile": jit_compile(), **kwargs})
 
     def call(self, x: Any, training: Any = None) -> Any:
         """Return what the chosen network writes; in training, the largest."""

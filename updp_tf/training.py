@@ -19,6 +19,7 @@ import numpy as np
 
 from updp_tf._keras import layers_within
 from updp_tf.augmenting import Augmentation
+from updp_tf.compiling import jit_compile
 from updp_tf.errors import ScheduleError, TrainingError
 from updp_tf.layers import Blend
 from updp_tf.runs import RunDir
@@ -303,7 +304,7 @@ def train(
         distiller = keras.distillation.Distiller(
             teacher, net, _distillation(teacher, data, training), student_loss_weight=training.label_weight * labelled
         )
-        distiller.compile(optimizer=optimizer, loss=_label_loss(teacher, data, training))
+        distiller.compile(optimizer=optimizer, loss=_label_loss(teacher, data, training), jit_compile=jit_compile())
         variables = [*net.variables, *optimizer.variables]
         done = begin
         if run is not None and (state := run.last_checkpoint(stage)) is not None:

@@ -19,6 +19,13 @@ from tests.experiments.resnet56_narrowing import MENDS, RANKINGS, TUNED
 DIRECTION = "even"
 LESS = (1.5, 1.2)
 TUNED_LESS = 1.5
+BEST = ("isomorphic", "hessian")
+MORE_RANKINGS = (
+    ("isomorphic", "activation"),
+    ("isomorphic", "taylor"),
+    ("local", "activation"),
+    ("local", "taylor"),
+)
 EPOCHS, BATCH, RATE = 2, 32, 1e-5
 
 
@@ -59,9 +66,11 @@ def main() -> None:
         records.ensure(lambda: row(scope, importance, mend, less), **values)
 
     ensure("original", "-", "-", 1.0)
+    for scope, importance in MORE_RANKINGS:
+        ensure(scope, importance, "refit", TUNED_LESS)
     for less in LESS:
         for mend in (*MENDS, *((TUNED,) if less == TUNED_LESS else ())):
-            for scope, importance in RANKINGS:
+            for scope, importance in (*RANKINGS, BEST):
                 ensure(scope, importance, mend, less)
 
 

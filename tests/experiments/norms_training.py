@@ -63,6 +63,8 @@ def adam(rate: float, steps: int):
 
 
 def trained(make: Callable[[], keras.Model], x: np.ndarray, y: np.ndarray, path: Path) -> keras.Model:
+    from updp_tf.compiling import jit_compile
+
     keras.utils.set_random_seed(0)
     model = make()
     if path.exists():
@@ -70,7 +72,7 @@ def trained(make: Callable[[], keras.Model], x: np.ndarray, y: np.ndarray, path:
         return model
     steps = BASELINE_EPOCHS * (len(x) // BATCH)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=adam(BASELINE_RATE, steps), loss=loss)
+    model.compile(optimizer=adam(BASELINE_RATE, steps), loss=loss, jit_compile=jit_compile())
     model.fit(batches(x, y, BASELINE_EPOCHS + 1, seed=0), steps_per_epoch=steps, verbose=0)
     model.save_weights(path)
     return model

@@ -99,10 +99,11 @@ def train(model, teacher, data, *, steps: int, optimizer) -> None:
     import keras
 
     import updp_tf
+    from updp_tf.compiling import jit_compile
 
     distiller = keras.distillation.Distiller(teacher, model, kl_of_logits())
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    distiller.compile(optimizer=optimizer, loss=loss, jit_compile=False)  # XLA's convolutions are slower on a CPU
+    distiller.compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile())
     distiller.fit(data, steps_per_epoch=steps, verbose=0, callbacks=[updp_tf.BlendSchedule(goes_on=True)])
     teacher.trainable = True  # the Distiller freezes it
 

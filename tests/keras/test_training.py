@@ -15,6 +15,7 @@ import pytest
 
 import updp_tf
 from tests import zoo
+from updp_tf.compiling import jit_compile
 from updp_tf.errors import RunError, TrainingError
 from updp_tf.judging import divergence
 from updp_tf.training import Batches, Training, blend_layers
@@ -230,6 +231,15 @@ def test_killed_twenty_times_a_run_ends_as_an_unbroken_one(tmp_path):
 
 def test_killed_once_a_run_ends_as_an_unbroken_one(tmp_path):
     kill_and_compare(tmp_path, 1)
+
+
+def test_xla_compiles_where_it_is_faster(monkeypatch):
+    assert jit_compile() is False
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["GPU:0"])
+    assert jit_compile() == "auto"
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0", "cpu:1"])
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    assert jit_compile() == "auto"
 
 
 def test_data_that_do_not_fit_are_refused():

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from updp_tf.compiling import jit_compile
 from updp_tf.errors import CalibrationError, ModelError
 from updp_tf.graph import build_model
 from updp_tf.isomorphic.importance import weighted_layers
@@ -102,7 +103,7 @@ def gradient_statistics(
             outputs = np.asarray(keras.ops.convert_to_numpy(model(batch, training=False)), dtype=np.float64)
             targets, loss_in_use = _own_answers(outputs, rng, sample=kind == "hessian")
         if n == 0:
-            recorder.compile(optimizer=optimizer, loss=loss_in_use)
+            recorder.compile(optimizer=optimizer, loss=loss_in_use, jit_compile=jit_compile())
         recorder.train_on_batch(batch, targets)
         n += len(batch)
     recorded = optimizer.sums if kind == "taylor" else optimizer.squares
