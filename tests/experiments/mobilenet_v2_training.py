@@ -1,9 +1,8 @@
 """MobileNetV2 (ImageNet weights): five and eight blocks merged, then distilled without labels.
 
     uv run --frozen python -m tests.experiments.mobilenet_v2_training
-    uv run --frozen python -m tests.experiments.mobilenet_v2_training report
 
-The first writes mobilenet_v2_training.csv beside this file, row by row; what is there is not run again. Fitted to 400
+Writes mobilenet_v2_training.csv beside this file, row by row; what is there is not run again. Fitted to 400
 images of one half of the ImageNet classes and trained on the 500 that there are and 800 training images of Imagenette's
 ten classes, for three epochs of batches of 32 by Adam (0.00001, cosine decay) with norms frozen, towards the original's
 probabilities; evaluated on the other half of the classes pooled with 500 held-out images of ImageNet's validation set.
@@ -12,12 +11,11 @@ what training starts from; `direct` trains the merged network, `whole` blends th
 the best by R^2 of a fitted 3x3, without block 0.
 """
 
-import sys
 import time
 
 import numpy as np
 
-from tests.experiments.mobilenet_v2_merging import BLOCK_0, Data, pack, unpack
+from tests.experiments.mobilenet_v2_merging import BLOCK_0, Data, pack
 from tests.experiments.records import HERE, Records, shared_loader
 from tests.experiments.resnet56_merging import macs_of
 
@@ -65,15 +63,5 @@ def main() -> None:
             rows.ensure(lambda way=way, run=run: run(way), way=way, n_blocks=n)
 
 
-def report() -> None:
-    rows = records()
-    original = unpack(rows.find(way="original")["hits"], int(rows.find(way="original")["n"])).astype(float)
-    index = np.random.default_rng(0).integers(len(original), size=(2000, len(original)))
-    for one in rows.rows:
-        lost = (original - unpack(one["hits"], len(original)))[index].mean(axis=1)
-        low, high = (100 * float(np.quantile(lost, q)) for q in (0.025, 0.975))
-        print(f"{one['n_blocks']} {one['way']:10} top-1 {100 * float(one['top1']):.1f}  lost [{low:.1f}, {high:.1f}]")
-
-
 if __name__ == "__main__":
-    report() if sys.argv[1:] == ["report"] else main()
+    main()

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.experiments import mobilenet_v2_merging as mobilenet
-from tests.experiments.mobilenet_v2_merging import pack, unpack
+from tests.experiments.mobilenet_v2_merging import pack, points_lost
 from tests.experiments.records import HERE, Records, shared_loader
 from tflite_export.evaluation import _mean_kl
 
@@ -217,18 +217,9 @@ def tflite_reader_inputs(path: Path) -> tuple[str, ...]:
     return tflite_export.read_flatbuffer(path).input_names
 
 
-def points_lost(row: dict[str, str]) -> tuple[float, float, float]:
-    """Points of top-1 lost to int8, and the paired 95 % bootstrap interval."""
-    n = int(row["n"])
-    before, after = unpack(row["hits_float"], n).astype(float), unpack(row["hits"], n).astype(float)
-    index = np.random.default_rng(0).integers(n, size=(2000, n))
-    draws = (before[index] - after[index]).mean(axis=1)
-    return 100 * float((before - after).mean()), *(100 * float(np.quantile(draws, q)) for q in (0.025, 0.975))
-
-
 def report() -> None:
     for one in records().rows:
-        lost, low, high = points_lost(one)
+        lost, low, high = points_lost(one["hits_float"], one["hits"], int(one["n"]))
         print(
             f"{one['network']:30} {one['way']:34} float {100 * float(one['top1_float']):.1f}  "
             f"int8 {100 * float(one['top1']):.1f}  lost {lost:.1f} [{low:.1f}, {high:.1f}]  "

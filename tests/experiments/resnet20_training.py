@@ -219,6 +219,28 @@ def planned(method: str) -> Callable:
     return start
 
 
+def cut(setting: Setting):
+    """Channels cut in the same budget, in any number."""
+    import updp_tf
+
+    return updp_tf.narrow(setting.model, budget=BUDGET, calibration=setting.images, round_to=1, verbose=False), None
+
+
+def both(setting: Setting):
+    """Depth and width in the same budget."""
+    import updp_tf
+
+    small = updp_tf.prune(
+        setting.model,
+        calibration=setting.images,
+        budget=BUDGET,
+        forms=FORMS,
+        width=updp_tf.Width(round_to=1),
+        verbose=False,
+    )
+    return small, None
+
+
 def dropped(setting: Setting):
     import updp_tf
 
@@ -241,6 +263,8 @@ STARTS: dict[str, Callable] = {
     "progressive, expanded, merged at the end": progressive(mode="expanded"),
     "progressive, expanded, lines identity, merged at half": progressive(mode="expanded", lines="identity"),
     "progressive, expanded, lines gaussian, merged at half": progressive(mode="expanded", lines="gaussian"),
+    "channels cut": cut,
+    "depth and width": both,
     "direct, gaussian": direct(start="gaussian"),
     "direct, identity": direct(start="identity"),
     "progressive, whole block, tail ReLU, merged at half": progressive(tail="relu"),

@@ -41,8 +41,7 @@ def resnet56() -> str:
         cells = [way]
         for n in n_blocks:
             found = [float(row["top1"]) for row in rows if row["way"] == way and row["n_blocks"] == str(n)]
-            spread = f" ± {100 * np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
-            cells.append(f"{100 * np.mean(found):.1f}{spread}" if found else "-")
+            cells.append(percent(found))
         body.append(cells)
     macs = {int(row["n_blocks"]): int(row["macs"]) for row in rows if row["way"] == "alone"}
     original = int(next(row["macs"] for row in rows if row["way"] == "original"))
@@ -53,11 +52,16 @@ def resnet56() -> str:
         found = [row for row in rows if row["way"].startswith("drop blocks") and row["n_blocks"] == str(n)]
         if found:
             top1 = [float(row["top1"]) for row in found]
-            spread = f" ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
             fewer = f"{original / int(found[0]['macs']):.2f}x"
-            dropped.append([str(n), fewer, f"{100 * np.mean(top1):.1f}{spread}", speed_up(speed.get(f"dropped {n}"))])
+            dropped.append([str(n), fewer, percent(top1), speed_up(speed.get(f"dropped {n}"))])
     rival = table(["blocks dropped greedily, norms renewed", "fewer MACs", "top-1 %", "int8 speed-up"], dropped)
     return table(["blocks merged, of 27", *map(str, n_blocks)], body) + "\n\n" + rival
+
+
+def percent(found: list[float]) -> str:
+    """Mean of accuracies as per cent, with their standard deviation where there are several."""
+    spread = f" ± {100 * np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+    return f"{100 * np.mean(found):.1f}{spread}" if found else "-"
 
 
 def speed_up(row: dict[str, str] | None) -> str:
@@ -159,8 +163,7 @@ def narrowing() -> str:
         cells = [way]
         for less in factors:
             top1 = [float(row["top1"]) for row in named if row["way"] == way and float(row["less"]) == less]
-            spread = f" ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
-            cells.append(f"{100 * np.mean(top1):.1f}{spread}" if top1 else "-")
+            cells.append(percent(top1))
         body.append(cells)
     return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
 
@@ -176,13 +179,14 @@ def both(unit: str) -> str:
     rows = [row for row in rows_of("resnet56_both.csv") if row["unit"] == unit]
     times = {(row["way"], row["unit"], row["less"]): row for row in rows_of("resnet56_both_latency.csv")}
     body = []
-    for row in sorted(rows, key=lambda row: (float(row["less"]), row["way"])):
-        if row["top1"]:
-            made = f"{row['merged']} blocks merged, {100 * float(row['ratio']):.0f} % of channels cut"
-            speed = speed_up(times.get((row["way"], row["unit"], row["less"])))
-            body.append([f"{row['less']}x", row["way"], made, f"{100 * float(row['top1']):.1f}", speed])
+    for less, way in sorted({(row["less"], row["way"]) for row in rows}, key=lambda one: (float(one[0]), one[1])):
+        first, *more = [row for row in rows if (row["less"], row["way"]) == (less, way)]
+        if first["top1"]:
+            made = f"{first['merged']} blocks merged, {100 * float(first['ratio']):.0f} % of channels cut"
+            top1 = percent([float(row["top1"]) for row in (first, *more)])
+            body.append([f"{less}x", way, made, top1, speed_up(times.get((way, unit, less)))])
         else:
-            body.append([f"{row['less']}x", row["way"], "out of reach", "-", "-"])
+            body.append([f"{less}x", way, "out of reach", "-", "-"])
     asked = "fewer MACs" if unit == "macs" else "faster, asked"
     return table([asked, "way", "what it is", "top-1 %", "int8 speed-up"], body)
 
@@ -193,12 +197,23 @@ def narrowing_mobilenet() -> str:
     body = []
     for scope, importance, mend in dict.fromkeys((row["scope"], row["importance"], row["mend"]) for row in rows):
         same = [row for row in rows if (row["scope"], row["importance"], row["mend"]) == (scope, importance, mend)]
-        found = {float(row["less"]): f"{100 * float(row['top1']):.1f}" for row in same}
-        if scope == "original":
-            body.append([scope, *[found[1.0]] * len(factors)])
-        else:
-            body.append([f"{scope}, {importance}, {mend}", *(found.get(less, "-") for less in factors)])
+        found = [percent([float(row["top1"]) for row in same if float(row["less"]) == less]) for less in factors]
+        body.append([f"{scope}, {importance}, {mend}", *found])
+    (original,) = (float(row["top1"]) for row in rows if row["scope"] == "original")
+    body[0] = ["original", *[percent([original])] * len(factors)]
     return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
+
+
+def training_mobilenet() -> str:
+    rows = rows_of("mobilenet_v2_training.csv")
+    body = []
+    for row in rows:
+        lost, low, high = mobilenet.points_lost(rows[0]["hits"], row["hits"], int(row["n"]))
+        top1 = f"{100 * float(row['top1']):.1f}"
+        body.append(
+            [row["n_blocks"], row["way"], f"{int(row['macs']) / 1e6:.0f}", top1, f"{lost:.1f} [{low:.1f}, {high:.1f}]"]
+        )
+    return table(["blocks merged", "way", "MACs (M)", "top-1 %", "points lost"], body)
 
 
 def predictions() -> str:
@@ -240,10 +255,9 @@ def training() -> str:
     body = []
     for way in dict.fromkeys(row["way"] for row in rows):
         same = [row for row in rows if row["way"] == way]
-        start, top1 = ([100 * float(row[name]) for row in same] for name in ("start", "top1"))
-        spread = f" ± {np.std(top1, ddof=1):.1f}" if len(top1) > 1 else ""
+        start, top1 = ([float(row[name]) for row in same] for name in ("start", "top1"))
         less = int(original["macs"]) / int(same[0]["macs"])
-        cells = [f"{less:.2f}x", f"{np.mean(start):.1f}", f"{np.mean(top1):.1f}{spread}", str(len(same))]
+        cells = [f"{less:.2f}x", f"{100 * np.mean(start):.1f}", percent(top1), str(len(same))]
         body.append([way, *cells])
     return table(["way", "fewer MACs", "before training", "after", "seeds"], body)
 
@@ -251,7 +265,7 @@ def training() -> str:
 def int8() -> str:
     body = []
     for row in sorted(rows_of("quantization.csv"), key=order_of_int8):
-        lost, low, high = quantization.points_lost(row)
+        lost, low, high = mobilenet.points_lost(row["hits_float"], row["hits"], int(row["n"]))
         top1 = f"{100 * float(row['top1_float']):.1f} -> {100 * float(row['top1']):.1f}"
         agreement, kl = f"{100 * float(row['agreement']):.1f}", f"{float(row['mean_kl']):.4f}"
         interval = f"{lost:.1f} [{low:.1f}, {high:.1f}]"
