@@ -39,7 +39,7 @@ def narrow(
     calibration: Any = None,
     labels: Any = None,
     scope: Scope = "isomorphic",
-    importance: Importance = "l2",
+    importance: Importance | None = None,
     allocation: Allocation = "ratio",
     round_to: int = 8,
     streams: bool = False,
@@ -65,7 +65,7 @@ def narrow(
             `activation`, `taylor` and `hessian` need them.
         labels: of the images, for gradients by the loss the model was compiled with; its own answers where None.
         scope: as in `Width`, like the next five.
-        importance: what ranks channels.
+        importance: what ranks channels; where None, `hessian` with images, `l2` without.
         allocation: how much each scope gives under a budget.
         round_to: what every group keeps a multiple of.
         streams: cut residual streams, too.
@@ -184,7 +184,7 @@ def narrow_graph(
     report = NarrowingReport(
         last_ratio,
         width.scope,
-        width.importance,
+        ranking.importance(graph),
         groups,
         first.boundaries,
         before,

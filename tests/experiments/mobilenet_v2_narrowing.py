@@ -31,7 +31,7 @@ MORE_RANKINGS = (
     ("global", "hessian"),
     ("local", "hessian"),
 )
-EPOCHS, BATCH, RATE = 2, 32, 1e-4
+EPOCHS, BATCH, RATE = 2, 32, 1e-5
 
 Setting = tuple[int, str, str, str, float]
 """Draw, scope, importance, what mends, factor of MACs."""

@@ -8,7 +8,8 @@
 beside this file, row by row, and each network as an int8 file into FOLDER; what is there is not run again. `latency`
 times all files of FOLDER in turns, one thread, and writes resnet56_both_latency.csv. 600 calibration images from the
 training images; accuracy on 1,000 test images, which choose nothing. Merged blocks become fitted 3x3 convolutions;
-widths are multiples of 8. Networks of the first draw are exported. `less` is the factor by which the unit had to fall.
+widths are multiples of 8, channels ranked by l2. Networks of the first draw are exported. `less` is the factor by
+which the unit had to fall.
 """
 
 import sys
@@ -73,7 +74,7 @@ def accuracy(folder: Path, unit: str = "macs", factors: tuple[float, ...] = ()) 
         tflite_export.export(model, folder / "original.tflite", quantize="int8", calibration=drawn(0)[:100])
     for less in factors or LESS[unit]:
         for draw in DRAWS.get((unit, less), (0,)):
-            for way in WAYS[unit]:
+            for way in WAYS[unit] if draw == 0 else ("width", "both"):
                 asked = (draw, way, less)
                 records.ensure(lambda asked=asked: row(*asked), draw=draw, way=way, unit=unit, less=less)
 
@@ -84,20 +85,21 @@ def network(model, images, way: str, budget, latency=None, target=None):
     from updp_tf.blocks import find_blocks
     from updp_tf.cost import Budget
     from updp_tf.forms import form_by_name
-    from updp_tf.isomorphic.ranking import Ranking, Width
+    from updp_tf.isomorphic.ranking import Ranking
     from updp_tf.merging import Choice, merge_in_sequence
     from updp_tf.scoring import score
     from updp_tf.sharing import share_budget
 
+    width = updp_tf.Width(importance="l2")
     if way == "width":
-        small = updp_tf.narrow(model, budget=budget, calibration=images, round_to=8, target=target)
+        small = updp_tf.narrow(model, budget=budget, calibration=images, importance="l2", target=target)
         return small, 0, small.narrowing.ratio, 1
     asked = {"budget": budget, "calibration": images, "forms": ["conv3"], "latency": latency}
     if way == "depth":
         small = updp_tf.prune(model, **asked)
         return small, len(small.pruning.blocks), 0.0, 1
     if way == "both":
-        small = updp_tf.prune(model, **asked, target=target, width=True)
+        small = updp_tf.prune(model, **asked, target=target, width=width)
         print(*small.pruning.notes, sep="\n", flush=True)
         told = small.pruning
         return small, len(told.blocks), 0.0 if told.narrowing is None else told.narrowing.ratio, len(told.notes)
@@ -112,7 +114,7 @@ def network(model, images, way: str, budget, latency=None, target=None):
         blocks,
         scores.candidates,
         Budget.parse(budget),
-        Ranking(Width(), images),
+        Ranking(width, images),
         merge=merged,
         loss=None,
         memory_bytes=2 << 30,

@@ -48,13 +48,12 @@ def settings(part: str) -> Iterator[Setting]:
                 for draw in DRAWS:
                     yield draw, scope, importance, 1, False, mend, TUNED_LESS
     if part == "rivals":
-        for mend in MENDS:
-            for scope in ("isomorphic", "global", "local"):
-                for less in LESS:
-                    yield 0, scope, "l2", 1, False, mend, less
-        for importance in ("random", "l1", "activation", "taylor", "hessian"):
-            for less in LESS:
+        for importance in ("hessian", "taylor", "activation", "l1"):
+            for less in (2.10, 2.57, 1.59):
                 yield 0, "isomorphic", importance, 1, False, "refit", less
+        for scope in ("isomorphic", "global", "local"):
+            for less in LESS:
+                yield 0, scope, "l2", 1, False, "refit", less
         for less in LESS:
             yield 0, "isomorphic", "l2", 1, True, "refit", less
 

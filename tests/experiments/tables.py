@@ -327,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "updp": updp,
     "coverage": coverage,
     "narrowing": narrowing,
+    "narrowing_mobilenet": narrowing_mobilenet,
     "training": training,
     "int8": int8,
     "npu": npu,

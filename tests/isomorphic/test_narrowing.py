@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 
 import keras
 import numpy as np
@@ -123,6 +124,25 @@ def test_streams_and_ignored_layers_are_left_whole_and_said_so():
     assert "stream" in str(small.narrowing)
 
 
+def test_channels_are_ranked_by_the_hessian_where_there_are_images():
+    model = zoo.build("residual")
+    x = zoo.inputs_of(model, n=24)
+    usual, hessian, l2 = (
+        narrow(model, ratio=0.4, round_to=1, calibration=x, refit=False, verbose=False, **options)
+        for options in ({}, {"importance": "hessian"}, {"importance": "l2"})
+    )
+    assert usual.narrowing.importance == "hessian"
+    for have, want in zip(usual.get_weights(), hessian.get_weights(), strict=True):
+        np.testing.assert_array_equal(have, want)
+    assert any(
+        (a.shape != b.shape) or (a != b).any() for a, b in zip(usual.get_weights(), l2.get_weights(), strict=True)
+    )
+    assert narrow(model, ratio=0.4, round_to=1, verbose=False).narrowing.importance == "l2"
+    twice = keras.Model(model.inputs, [model.outputs[0], keras.layers.Dense(3)(model.outputs[0])])
+    images = {"calibration": x, "refit": False, "verbose": False}
+    assert narrow(twice, ratio=0.4, round_to=1, **images).narrowing.importance == "l2"
+
+
 def test_scopes_and_importances_choose_differently():
     model = zoo.build("bottlenecks")
     x = zoo.inputs_of(model, n=4)
@@ -149,9 +169,35 @@ def test_norms_and_closing_layers_are_mended_with_images():
         return float(np.square(outputs(small, unseen) - wanted).mean())
 
     ways = {"none": {}, "norms": {"calibration": images, "refit": False}, "refit": {"calibration": images}}
-    errors = {way: error(narrow(model, ratio=0.3, round_to=1, **options)) for way, options in ways.items()}
+    cut = {"ratio": 0.3, "round_to": 1, "importance": "l2"}  # `hessian` finds channels that nothing depends on
+    errors = {way: error(narrow(model, **cut, **options)) for way, options in ways.items()}
     assert errors["refit"] < 0.7 * errors["norms"]
     assert errors["refit"] < 0.5 * errors["none"]
+
+
+def test_single_images_are_copied_where_onednn_would_write_past_its_memory(monkeypatch):
+    """Without the copies this very call ends in a segmentation fault, on two threads or more."""
+    model = zoo.build("residual")  # its projections are strided 1x1 convolutions of 6 and 8 channels
+    sizes = []
+    train_on_batch = keras.Model.train_on_batch
+
+    def spy(self, x, *args, **kwargs):
+        sizes.append(len(x))
+        return train_on_batch(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", spy)
+    narrow(model, ratio=0.4, round_to=1, calibration=zoo.inputs_of(model, n=5), refit=False, verbose=False)
+    assert sizes == [os.cpu_count()] * 5
+    sizes.clear()
+    model = zoo.build("squeeze_excite")  # has none
+    graph, x = read_graph(model), zoo.inputs_of(model, n=3)
+    single = gradient_statistics(graph, "hessian", x, None, None, seed=0)
+    monkeypatch.setattr("updp_tf.isomorphic.gradients._least_batch", lambda model: 4)
+    copied = gradient_statistics(graph, "hessian", x, None, None, seed=0)
+    assert sizes == [1] * 3 + [4] * 3
+    for key, by_index in single.items():
+        for index, squares in by_index.items():
+            np.testing.assert_allclose(copied[key][index], squares, rtol=1e-3, atol=1e-4 * squares.max())
 
 
 def test_gradients_are_those_of_tensorflow():

@@ -7,6 +7,7 @@ statistics they have.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,23 +93,26 @@ def gradient_statistics(
     model = build_model(graph)
     for layer in model.layers:
         layer.trainable = True  # a frozen layer has weights that matter, too
+    whole = np.concatenate(list(image_batches(images, shape=graph.shape(graph.input_refs[0]))))
+    if labels is None:
+        outputs = [keras.ops.convert_to_numpy(model(batch, training=False)) for batch in _batches(whole, BATCH)]
+        answers = np.concatenate(outputs).astype(np.float64)
+        targets, loss = _own_answers(answers, np.random.default_rng(seed), sample=kind == "hessian")
+    elif len(labels) == len(whole):
+        targets = np.asarray(labels)
+    else:
+        raise CalibrationError(f"There are {len(whole)} calibration images and {len(labels)} labels.")
     size = BATCH if kind == "taylor" else 1
     optimizer = _GradientSums()
     recorder = _AtInference(model)
-    rng = np.random.default_rng(seed)
-    n, loss_in_use = 0, loss
-    for batch, given in _batches(graph, images, labels, size):
-        targets = given
-        if given is None:
-            outputs = np.asarray(keras.ops.convert_to_numpy(model(batch, training=False)), dtype=np.float64)
-            targets, loss_in_use = _own_answers(outputs, rng, sample=kind == "hessian")
-        if n == 0:
-            recorder.compile(optimizer=optimizer, loss=loss_in_use, jit_compile=jit_compile())
-        recorder.train_on_batch(batch, targets)
-        n += len(batch)
-    recorded = optimizer.sums if kind == "taylor" else optimizer.squares
+    recorder.compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile())
+    least = _least_batch(model)
+    for batch, wanted in zip(_batches(whole, size), _batches(targets, size), strict=True):
+        copies = -(-least // len(batch))  # the gradient of a mean over copies is the same
+        recorder.train_on_batch(*(np.concatenate([one] * copies) for one in (batch, wanted)))
+    recorded, n = (optimizer.sums, 1) if kind == "taylor" else (optimizer.squares, len(whole))
     by_path = {
-        variable.path: np.asarray(keras.ops.convert_to_numpy(one), dtype=np.float64) / (1 if kind == "taylor" else n)
+        variable.path: np.asarray(keras.ops.convert_to_numpy(one), dtype=np.float64) / n
         for variable, one in zip(recorder.trainable_variables, recorded, strict=True)
     }
     return _by_layer(graph, model, by_path)
@@ -128,15 +132,24 @@ def _by_layer(graph: ModelGraph, model: Any, by_path: dict[str, np.ndarray]) -> 
     return found
 
 
-def _batches(graph: ModelGraph, images: Any, labels: Any, size: int) -> Iterator[tuple[np.ndarray, Any]]:
-    shape = graph.shape(graph.input_refs[0])
-    whole = np.concatenate(list(image_batches(images, shape=shape)))
-    if labels is not None and len(labels) != len(whole):
-        raise CalibrationError(f"There are {len(whole)} calibration images and {len(labels)} labels.")
-    # a smaller last batch would be traced anew
-    for start in range(0, len(whole), size):
-        part = slice(start, start + size)
-        yield whole[part], None if labels is None else np.asarray(labels)[part]
+def _least_batch(model: Any) -> int:
+    """Return how many images a batch needs, for the gradient not to write where it must not.
+
+    On a CPU, oneDNN (TensorFlow 2.21) overruns its memory in the gradient of the kernel of a strided 1x1 convolution of
+    8 channels or fewer, if there are more threads than images; the process crashes, at once or later.
+    """
+    overruns = any(
+        isinstance(layer, keras.layers.Conv2D)
+        and tuple(layer.kernel_size) == (1, 1)
+        and max(layer.strides) > 1
+        and layer.kernel.shape[2] <= 8
+        for layer in model.layers
+    )
+    return (os.cpu_count() or 1) if overruns else 1
+
+
+def _batches(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (array[start : start + size] for start in range(0, len(array), size))
 
 
 def _own_answers(outputs: np.ndarray, rng: np.random.Generator, *, sample: bool) -> tuple[np.ndarray, str]:

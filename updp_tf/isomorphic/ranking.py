@@ -28,7 +28,8 @@ class Width:
 
     Attributes:
         scope: which channels share a ranking: those of `isomorphic` groups, `global` all, `local` those of a group.
-        importance: `l1`, `l2`, `activation`, `taylor`, `hessian` or `random`.
+        importance: `l1`, `l2`, `activation`, `taylor`, `hessian` or `random`; where None, `hessian` with images and one
+            output, else `l2`.
         allocation: under a budget, every scope gives the same part of its channels (`ratio`), or those go first
             whose score is least for what they save (`score`).
         round_to: every group keeps a multiple of so many channels, and at least so many; heads are not rounded.
@@ -37,7 +38,7 @@ class Width:
     """
 
     scope: Scope = "isomorphic"
-    importance: Importance = "l2"
+    importance: Importance | None = None
     allocation: Allocation = "ratio"
     round_to: int = 8
     streams: bool = False
@@ -46,11 +47,11 @@ class Width:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("scope", self.scope, SCOPES),
-            ("importance", self.importance, IMPORTANCES),
+            ("importance", self.importance, (None, *IMPORTANCES)),
             ("allocation", self.allocation, ALLOCATIONS),
         ):
             if value not in known:
-                raise BudgetError(f"`{name}` is one of {', '.join(known)}. Received: {value!r}.")
+                raise BudgetError(f"`{name}` is one of {', '.join(filter(None, known))}. Received: {value!r}.")
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise BudgetError(f"`round_to` is a whole number, 1 or more. Received: {self.round_to!r}.")
 
@@ -73,6 +74,13 @@ class Ranking:
     loss: Any = None
     seed: int = 0
 
+    def importance(self, graph: ModelGraph) -> Importance:
+        """Return what ranks the channels of a graph."""
+        if self.width.importance is not None:
+            return self.width.importance
+        has_gradients = self.images is not None and len(graph.input_refs) == len(graph.output_refs) == 1
+        return "hessian" if has_gradients else "l2"
+
     def cuttable(self, graph: ModelGraph) -> Dependencies:
         """Return which channels of a graph go together, those that are left whole among the refusals."""
         return _cuttable(find_dependencies(graph), self.width.streams, self.width.ignore)
@@ -85,7 +93,7 @@ class Ranking:
             counts: channels that each group had before earlier steps, by name.
             step: number of the step, from 1.
         """
-        importance, gradients = self.width.importance, None
+        importance, gradients = self.importance(dependencies.graph), None
         if importance in ("taylor", "hessian"):
             gradients = gradient_statistics(
                 dependencies.graph, importance, self.images, self.labels, self.loss, seed=self.seed
