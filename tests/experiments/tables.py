@@ -177,18 +177,25 @@ def narrowing_way(row: dict[str, str]) -> str:
 
 def both(unit: str) -> str:
     rows = [row for row in rows_of("resnet56_both.csv") if row["unit"] == unit]
-    times = {(row["way"], row["unit"], row["less"]): row for row in rows_of("resnet56_both_latency.csv")}
+    times, files = (
+        {(row["way"], row["unit"], row["less"]): row for row in rows_of(f"resnet56_both_{name}.csv")}
+        for name in ("latency", "files")
+    )
     body = []
-    for less, way in sorted({(row["less"], row["way"]) for row in rows}, key=lambda one: (float(one[0]), one[1])):
-        first, *more = [row for row in rows if (row["less"], row["way"]) == (less, way)]
-        if first["top1"]:
-            made = f"{first['merged']} blocks merged, {100 * float(first['ratio']):.0f} % of channels cut"
-            top1 = percent([float(row["top1"]) for row in (first, *more)])
-            body.append([f"{less}x", way, made, top1, speed_up(times.get((way, unit, less)))])
+    for row in sorted(rows, key=lambda row: (float(row["less"]), row["way"])):
+        key = (row["way"], row["unit"], row["less"])
+        cells = [f"{row['less']}x", row["way"]]
+        if row["top1"]:
+            made = f"{row['merged']} blocks merged, {100 * float(row['ratio']):.0f} % of channels cut"
+            cells += [made, percent([float(row["top1"])])]
+            cells += [percent([float(files[key]["top1"])] if key in files else [])] if unit == "latency" else []
+            cells += [speed_up(times.get(key))]
         else:
-            body.append([f"{less}x", way, "out of reach", "-", "-"])
+            cells += ["out of reach", *["-"] * 3]
+        body.append(cells)
+    more = ["int8, 10,000 JPEG images"] if unit == "latency" else []
     asked = "fewer MACs" if unit == "macs" else "faster, asked"
-    return table([asked, "way", "what it is", "top-1 %", "int8 speed-up"], body)
+    return table([asked, "way", "what it is", "top-1 %", *more, "int8 speed-up"], body)
 
 
 def narrowing_mobilenet() -> str:
