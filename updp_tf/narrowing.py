@@ -154,7 +154,7 @@ def narrow_graph(
     for step in range(1, steps + 1):
         if step > 1:
             dependencies = ranking.cuttable(narrowed)
-        ranked = ranking.ranked(dependencies, counts=counts, step=step)
+        ranked = ranking.ranked(dependencies, counts=counts, step=step, progress=progress)
         if isinstance(amount, Budget):
             if ranking.width.allocation == "score":
                 ranked = ranked.allocated("macs" if amount.unit in TABLE_UNITS else amount.unit)

@@ -116,7 +116,7 @@ def share_budget(
         raise ModelError(nothing_to_cut(blocks.graph, ranking))
     timed = measure if resources.needs_table is not None else None
     depth: Callable[[float], Solution | None] = (
-        _Family(blocks, candidates, budget, ranking).depth
+        _Family(blocks, candidates, budget, ranking, progress).depth
         if timed is None
         else partial(_depth_by_table, blocks, candidates, budget)
     )
@@ -200,9 +200,16 @@ def _depth_by_table(blocks: Blocks, candidates: Sequence[Candidate], budget: Bud
 class _Family:
     """Choices of forms, from the one that needs no narrower layers to none at all."""
 
-    def __init__(self, blocks: Blocks, candidates: Sequence[Candidate], budget: Budget, ranking: Ranking) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        candidates: Sequence[Candidate],
+        budget: Budget,
+        ranking: Ranking,
+        progress: Progress | None,
+    ) -> None:
         self._blocks, self._candidates, self._budget = blocks, candidates, budget
-        self._ranked = ranking.ranked(ranking.cuttable(blocks.graph))
+        self._ranked = ranking.ranked(ranking.cuttable(blocks.graph), progress=progress)
         resources = replace(budget, merged=None)
         if ranking.width.allocation == "score":
             self._ranked = self._ranked.allocated(resources.unit)

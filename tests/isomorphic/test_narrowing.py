@@ -193,8 +193,10 @@ def test_single_images_are_copied_where_onednn_would_write_past_its_memory(monke
     graph, x = read_graph(model), zoo.inputs_of(model, n=3)
     single = gradient_statistics(graph, "hessian", x, None, None, seed=0)
     monkeypatch.setattr("updp_tf.isomorphic.gradients._least_batch", lambda model: 4)
-    copied = gradient_statistics(graph, "hessian", x, None, None, seed=0)
+    told = []
+    copied = gradient_statistics(graph, "hessian", x, None, None, seed=0, progress=lambda *one: told.append(one))
     assert sizes == [1] * 3 + [4] * 3
+    assert told == [(number, 3, "gradients") for number in (1, 2, 3)]
     for key, by_index in single.items():
         for index, squares in by_index.items():
             np.testing.assert_allclose(copied[key][index], squares, rtol=1e-3, atol=1e-4 * squares.max())

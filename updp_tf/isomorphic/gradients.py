@@ -20,6 +20,7 @@ from updp_tf.graph import build_model
 from updp_tf.isomorphic.importance import weighted_layers
 from updp_tf.memory import image_batches
 from updp_tf.structure import ModelGraph
+from updp_tf.walking import Progress
 
 BATCH = 32
 """Images whose gradients are summed at a time for first-order scores; second-order ones take them one by one."""
@@ -62,7 +63,7 @@ class _AtInference(keras.Model):
 
 
 def gradient_statistics(
-    graph: ModelGraph, kind: str, images: Any, labels: Any, loss: Any, *, seed: int
+    graph: ModelGraph, kind: str, images: Any, labels: Any, loss: Any, *, seed: int, progress: Progress | None = None
 ) -> dict[int, dict[int, np.ndarray]]:
     """Return sums (`taylor`) or mean squares per image (`hessian`) of the gradients of every weight.
 
@@ -78,6 +79,7 @@ def gradient_statistics(
         labels: one per image, or None.
         loss: that goes with the labels; None without them.
         seed: of the drawn answers.
+        progress: called after each gradient.
 
     Returns:
         By `id(layer)` of the graph's layers and index of the variable.
@@ -107,9 +109,12 @@ def gradient_statistics(
     recorder = _AtInference(model)
     recorder.compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile())
     least = _least_batch(model)
-    for batch, wanted in zip(_batches(whole, size), _batches(targets, size), strict=True):
+    pairs = zip(_batches(whole, size), _batches(targets, size), strict=True)
+    for number, (batch, wanted) in enumerate(pairs, start=1):
         copies = -(-least // len(batch))  # the gradient of a mean over copies is the same
         recorder.train_on_batch(*(np.concatenate([one] * copies) for one in (batch, wanted)))
+        if progress is not None:
+            progress(number, -(-len(whole) // size), "gradients")
     recorded, n = (optimizer.sums, 1) if kind == "taylor" else (optimizer.squares, len(whole))
     by_path = {
         variable.path: np.asarray(keras.ops.convert_to_numpy(one), dtype=np.float64) / n

@@ -16,6 +16,7 @@ from updp_tf.isomorphic.gradients import gradient_statistics
 from updp_tf.isomorphic.importance import IMPORTANCES, Importance, group_scores
 from updp_tf.isomorphic.scopes import SCOPES, Scope, choose_units, scope_key
 from updp_tf.structure import ModelGraph, Refusal
+from updp_tf.walking import Progress
 
 Allocation = Literal["ratio", "score"]
 
@@ -85,18 +86,26 @@ class Ranking:
         """Return which channels of a graph go together, those that are left whole among the refusals."""
         return _cuttable(find_dependencies(graph), self.width.streams, self.width.ignore)
 
-    def ranked(self, dependencies: Dependencies, *, counts: Mapping[str, int] | None = None, step: int = 1) -> Ranked:
+    def ranked(
+        self,
+        dependencies: Dependencies,
+        *,
+        counts: Mapping[str, int] | None = None,
+        step: int = 1,
+        progress: Progress | None = None,
+    ) -> Ranked:
         """Score the channels of a network.
 
         Args:
             dependencies: of the network.
             counts: channels that each group had before earlier steps, by name.
             step: number of the step, from 1.
+            progress: called after each gradient.
         """
         importance, gradients = self.importance(dependencies.graph), None
         if importance in ("taylor", "hessian"):
             gradients = gradient_statistics(
-                dependencies.graph, importance, self.images, self.labels, self.loss, seed=self.seed
+                dependencies.graph, importance, self.images, self.labels, self.loss, seed=self.seed, progress=progress
             )
         scores = group_scores(
             dependencies, importance, images=self.images, gradients=gradients, seed=self.seed + step - 1
