@@ -13,6 +13,7 @@ def jit_compile() -> Literal[False, "auto"]:
     XLA has no fast convolutions on a CPU [seconds a step with XLA and without, on one core, teacher included: ResNet-20
     0.97 and 0.67, a small ConvNeXt 6.2 and 0.73, MobileNetV2 at 224, 16 images, 34 and 3.0; a small ViT 0.5 and 0.6].
     """
-    # Keras names its devices "gpu:0" or "CPU:0"; where there is an accelerator, no CPU is listed
-    on_cpu = all(name.lower().startswith("cpu") for name in keras.distribution.list_devices())
-    return False if keras.backend.backend() == "tensorflow" and on_cpu else "auto"
+    if keras.backend.backend() != "tensorflow":
+        return "auto"
+    # where there is an accelerator, no CPU is listed
+    return False if all(name.lower().startswith("cpu") for name in keras.distribution.list_devices()) else "auto"

@@ -237,7 +237,8 @@ def test_xla_compiles_where_it_is_faster(monkeypatch):
     assert jit_compile() is False
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["GPU:0"])
     assert jit_compile() == "auto"
-    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0", "cpu:1"])
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["CPU:0", "CPU:1"])
+    assert jit_compile() is False
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     assert jit_compile() == "auto"
 
