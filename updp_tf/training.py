@@ -45,7 +45,8 @@ class Training:
         schedule: of the blends, `total_steps` filled in; not for `direct`.
         merge_at_zero: merge once every blend is 0, and train the merged network for the rest.
         batch_size: where the data are arrays.
-        learning_rate: of SGD with Nesterov momentum 0.9, cosine decay to 0; where `optimizer` is None.
+        learning_rate: of SGD with Nesterov momentum 0.9, gradients clipped to a norm of 5, cosine decay to 0; where
+            `optimizer` is None.
         optimizer: a Keras optimizer, of which a copy is used.
         label_weight: of the loss on labels against that on the original's outputs, where the data have labels.
         loss: on labels; cross-entropy for models that give classes, where None.
@@ -356,7 +357,8 @@ def _optimizer(training: Training, total: int) -> Any:
     if training.optimizer is not None:
         return type(training.optimizer).from_config(training.optimizer.get_config())
     decay = keras.optimizers.schedules.CosineDecay(training.learning_rate, total)
-    return keras.optimizers.SGD(decay, momentum=0.9, nesterov=True)
+    # a merged network has few norms left, or none, and the first steps can throw it off
+    return keras.optimizers.SGD(decay, momentum=0.9, nesterov=True, global_clipnorm=5.0)
 
 
 def _store(variables: list[Any], folder: Path) -> None:

@@ -45,7 +45,7 @@ def settings() -> Iterator[Setting]:
     for scope, importance in MORE_RANKINGS:
         yield 0, scope, importance, "refit", LESS
     for mend in MENDS:
-        for less in (LESS, MORE_LESS):
+        for less in (LESS, MORE_LESS) if mend == "refit" else (LESS,):
             for scope, importance in RANKINGS:
                 if (importance, mend) != ("hessian", "none"):  # it needs images, which renew norms
                     yield 0, scope, importance, mend, less

@@ -14,7 +14,7 @@ place of blocks, chosen on 600 images. Accuracy is that of the last epoch on all
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def baseline(work: Path) -> None:
     model.save_weights(work / "resnet20_jpeg.weights.h5")
 
 
-def sgd(rate: float, steps: int):
+def sgd(rate: float, steps: int, clip: float | None = None):
     import keras
 
     decay = keras.optimizers.schedules.CosineDecay(rate, steps)
-    return keras.optimizers.SGD(decay, momentum=0.9, nesterov=True, weight_decay=2e-6)
+    return keras.optimizers.SGD(decay, momentum=0.9, nesterov=True, weight_decay=2e-6, global_clipnorm=clip)
 
 
 def batches(x: np.ndarray, y: np.ndarray, epochs: int, *, seed: int):
@@ -115,7 +115,7 @@ def kl_of_logits():
     return keras.distillation.LogitsDistillation(temperature=3.0, loss=keras.losses.KLDivergence())
 
 
-def compare(work: Path) -> None:
+def compare(work: Path, ways: Sequence[str]) -> None:
     import keras
 
     import updp_tf
@@ -132,14 +132,15 @@ def compare(work: Path) -> None:
     drop = updp_tf.search(model, calibration=images, budget=BUDGET, forms=("remove",), verbose=False)
     setting = Setting(model, plan, drop, images)
     for way, seeds in WAYS:
-        for seed in seeds:
+        for seed in seeds if not ways or way in ways else ():
 
             def run(way=way, seed=seed) -> dict[str, object]:
                 keras.utils.set_random_seed(seed)
                 started = time.perf_counter()
                 net, start = STARTS[way](setting)
                 at_start = top1(net, load)
-                optimizer = sgd(SCRATCH_RATE if way == "scratch" else RATE, STEPS)
+                clip = float(way.rpartition("clipped at ")[2]) if "clipped at" in way else None
+                optimizer = sgd(SCRATCH_RATE if way == "scratch" else RATE, STEPS, clip)
                 data = batches(x, y, EPOCHS + 1, seed=seed)  # one more: batches are fetched ahead
                 first = STEPS // 2 if "merged at half" in way else STEPS
                 train(net, model, data, steps=first, optimizer=optimizer)
@@ -269,6 +270,8 @@ STARTS: dict[str, Callable] = {
     "direct, identity": direct(start="identity"),
     "progressive, whole block, tail ReLU, merged at half": progressive(tail="relu"),
     **{f"direct, plan by {one}": planned(one) for one in ("exact", "genetic", "learned", "random", "uniform")},
+    **{f"direct, least squares, gradients clipped at {norm}": direct(refit=True) for norm in (1, 5)},
+    **{f"direct, plan by {one}, gradients clipped at 5": planned(one) for one in ("random", "uniform")},
 }
 # The main comparison first, with three seeds.
 MAIN = (
@@ -285,9 +288,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("baseline", "compare"))
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[], choices=[*STARTS, []], metavar="WAY", help="of `compare`")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    {"baseline": baseline, "compare": compare}[arguments.what](arguments.work)
+    if arguments.what == "baseline":
+        baseline(arguments.work)
+    else:
+        compare(arguments.work, arguments.only)
 
 
 if __name__ == "__main__":

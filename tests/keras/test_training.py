@@ -233,6 +233,25 @@ def test_killed_once_a_run_ends_as_an_unbroken_one(tmp_path):
     kill_and_compare(tmp_path, 1)
 
 
+def test_the_usual_optimizer_does_not_throw_a_network_without_norms_off():
+    """At the same rate, without clipped gradients, the network dies: it says the same of every image."""
+    model = zoo.residual_without_norms()
+    kernel = model.layers[-1].kernel
+    kernel.assign(0.6 * kernel)
+    x = 20 * zoo.inputs_of(model, n=96)
+    y = outputs(model, x).argmax(-1)
+    rate = 0.03
+    unclipped = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(rate, 18), momentum=0.9, nesterov=True)
+
+    def away(**options) -> float:
+        return divergence(outputs(model, x), outputs(pruned(model, x, **options), x))
+
+    recipe = {"epochs": 3, "batch_size": 16}
+    before = away(train=None)
+    assert away(train=(x, y), training=Training(learning_rate=rate, **recipe)) < 0.5 * before
+    assert away(train=(x, y), training=Training(optimizer=unclipped, **recipe)) > 10 * before
+
+
 def test_xla_compiles_where_it_is_faster(monkeypatch):
     assert jit_compile() is False
     monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["GPU:0"])
