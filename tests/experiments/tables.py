@@ -211,18 +211,6 @@ def narrowing_mobilenet() -> str:
     return table(["fewer MACs", *(f"{less:.2f}x" for less in factors)], body)
 
 
-def training_mobilenet() -> str:
-    rows = rows_of("mobilenet_v2_training.csv")
-    body = []
-    for row in rows:
-        lost, low, high = mobilenet.points_lost(rows[0]["hits"], row["hits"], int(row["n"]))
-        top1 = f"{100 * float(row['top1']):.1f}"
-        body.append(
-            [row["n_blocks"], row["way"], f"{int(row['macs']) / 1e6:.0f}", top1, f"{lost:.1f} [{low:.1f}, {high:.1f}]"]
-        )
-    return table(["blocks merged", "way", "MACs (M)", "top-1 %", "points lost"], body)
-
-
 def predictions() -> str:
     body = []
     rows = rows_of("latency_predictions.csv")
@@ -246,14 +234,6 @@ def plans() -> str:
             others = [f"{100 * rivals[by]:.1f}" if by in rivals else "-" for by in ("macs", "merged")]
             body.append([model, f"{ratio:.3f}", f"{100 * own:.1f}", *others])
     return table(["network", "measured time", "by latency, top-1 %", "by MACs", "by blocks"], body)
-
-
-def norms() -> str:
-    body = []
-    for row in rows_of("norms_training.csv"):
-        start, top1 = (f"{100 * float(row[name]):.1f}" for name in ("start", "top1"))
-        body.append([row["network"], row["way"], f"{int(row['macs']) / 1e6:.1f}", start, top1])
-    return table(["network", "way", "MACs (M)", "before training", "after"], body)
 
 
 def training() -> str:
